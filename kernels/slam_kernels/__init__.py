@@ -1,0 +1,1 @@
+"""The operators of nemo_slam: tensors in, tensors out, no NeMo."""

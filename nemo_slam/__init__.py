@@ -1,0 +1,3 @@
+"""nemo_slam: Google's SLAM (Bapna et al., 2021, arXiv 2110.10329) as an NVIDIA NeMo collection."""
+
+__version__ = "0.1.0"
