@@ -1,0 +1,1 @@
+"""Streams: manifests and text in, step-addressed typed batches out. Nothing here imports NeMo."""
