@@ -1,0 +1,81 @@
+"""Fetches Debian or Ubuntu packages without root: apt-get with its lists and cache in a folder of ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from urllib.parse import unquote
+
+from nemo_slam.data.corpora.files import CorpusError
+
+WAYS_OUT = (
+    "Ways out: `prepare_data.py mini_librispeech` (needs internet, no apt), `prepare_data.py synthetic` "
+    "(no network once installed), or your own NeMo manifests (docs/data.md)."
+)
+
+
+def _apt(apt_get: str, folder: Path, *arguments: str, cwd: Path | None = None) -> None:
+    lists, cache = folder / "lists", folder / "cache"
+    (lists / "partial").mkdir(parents=True, exist_ok=True)
+    (cache / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+    options = {
+        "Dir::State::Lists": lists,
+        "Dir::Cache": cache,
+        # As root, apt would switch to the user _apt, who need not be able to read our folder.
+        "APT::Sandbox::User": "root",
+        "Acquire::Languages": "none",
+        "Acquire::Retries": 2,
+    }
+    command = [apt_get, "-q", *(f"-o{key}={value}" for key, value in options.items()), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-6:])
+        raise CorpusError(
+            f"apt-get {arguments[0]} failed (exit status {done.returncode}); is this machine offline, or not Debian "
+            f"or Ubuntu with the main/universe component?\n{tail}\n{WAYS_OUT}"
+        )
+
+
+def fetch(packages: list[str], folder: Path) -> dict[str, Path]:
+    """Downloads ``packages`` below ``folder``; apt checks every file against the signed package lists.
+
+    Packages that an earlier, killed call left whole are not fetched again.
+
+    Returns:
+        package name -> its .deb file.
+
+    Raises:
+        CorpusError: no apt-get, no network, or no such package.
+    """
+    apt_get = shutil.which("apt-get")
+    if apt_get is None:
+        raise CorpusError(f"apt-get not found: this corpus comes from Debian or Ubuntu packages.\n{WAYS_OUT}")
+    folder = folder.resolve()
+    debs = folder / "debs"
+    debs.mkdir(parents=True, exist_ok=True)
+    found = _present(debs)
+    missing = [name for name in packages if name not in found]
+    if missing:
+        _apt(apt_get, folder, "update")
+        arriving = folder / "arriving"
+        shutil.rmtree(arriving, ignore_errors=True)
+        arriving.mkdir()
+        _apt(apt_get, folder, "download", *missing, cwd=arriving)
+        for deb in arriving.glob("*.deb"):
+            os.replace(deb, debs / deb.name)
+        found = _present(debs)
+    absent = [name for name in packages if name not in found]
+    if absent:
+        raise CorpusError(f"apt-get download brought no {', '.join(absent)}.\n{WAYS_OUT}")
+    return {name: found[name] for name in packages}
+
+
+def _present(debs: Path) -> dict[str, Path]:
+    return {deb.name.split("_")[0]: deb for deb in debs.glob("*.deb")}
+
+
+def version(deb: Path) -> str:
+    """Package version from the file name apt gives a package (``name_version_architecture.deb``)."""
+    return unquote(deb.name.split("_")[1])

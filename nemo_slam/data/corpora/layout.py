@@ -1,0 +1,118 @@
+"""The layout every recipe leaves behind: manifests, text stream, and `corpus.json`, written last (docs/data.md)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemo_slam.data.corpora.files import remove_leftovers, sha256, write_text
+from nemo_slam.data.corpora.normalise import fold
+from nemo_slam.data.corpora.splits import pick
+
+logger = logging.getLogger("nemo_slam.data")
+
+SPLITS = ("train", "dev", "test")
+TEXT_SHARES = {"train": 0.98, "dev": 0.02}
+# A held-out prompt of at least so many words must not occur inside a longer line either ("thank you" may).
+MIN_CONTAINED_WORDS = 3
+
+Row = dict[str, Any]
+
+
+def begin(root: Path) -> None:
+    """Withdraws the marker of an earlier preparation and what a killed one left. Call it under the lock."""
+    (root / "corpus.json").unlink(missing_ok=True)
+    remove_leftovers(root)
+
+
+def filter_text(lines: Iterable[str], held_out: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """Distinct ``lines`` without the texts of dev and test prompts.
+
+    A line goes if it equals a held-out text, or contains one of ``MIN_CONTAINED_WORDS`` words or more as a run of
+    words; both compared without diacritics. Lines must be normalised.
+
+    Returns:
+        the lines kept, in order, and how many were left out by reason.
+    """
+    texts = {fold(text) for text in held_out}
+    runs = {tuple(text.split()) for text in texts if len(text.split()) >= MIN_CONTAINED_WORDS}
+    # A run is looked up by its first words, so a line costs one look-up a position and not one a held-out text.
+    by_start: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for run in runs:
+        by_start.setdefault(run[:MIN_CONTAINED_WORDS], []).append(run)
+    kept: dict[str, None] = {}
+    left_out: Counter[str] = Counter()
+    for line in lines:
+        folded = fold(line)
+        words = tuple(folded.split())
+        if folded in texts or any(
+            words[start : start + len(run)] == run
+            for start in range(len(words) - MIN_CONTAINED_WORDS + 1)
+            for run in by_start.get(words[start : start + MIN_CONTAINED_WORDS], ())
+        ):
+            left_out["text of a dev or test prompt"] += 1
+        elif line in kept:
+            left_out["repeated line"] += 1
+        else:
+            kept[line] = None
+    return list(kept), left_out
+
+
+def finish(
+    root: Path, rows: Mapping[str, Mapping[str, list[Row]]], text: Iterable[str], about: Mapping[str, Any]
+) -> None:
+    """Writes manifests and text, then ``corpus.json``, whose presence says that the corpus is complete.
+
+    Args:
+        root: the corpus folder.
+        rows: language -> split -> manifest rows; ``audio_filepath`` relative to ``root``/manifests.
+        text: normalised lines of the text stream; the dev and test prompts' texts are filtered out here.
+        about: what else ``corpus.json`` says: recipe, request, licences, packages, notes.
+    """
+    written: list[str] = []
+    counts: dict[str, dict[str, Any]] = {}
+    for language, splits in rows.items():
+        counts[language] = {split: _count(splits[split]) for split in SPLITS}
+        for split in SPLITS:
+            written.append(_manifest(root, f"{language}_{split}", splits[split]))
+    for split in SPLITS:
+        together = [row for splits in rows.values() for row in splits[split]]
+        written.append(_manifest(root, f"speech_{split}", together))
+    held_out = [row["text"] for splits in rows.values() for split in ("dev", "test") for row in splits[split]]
+    lines, left_out = filter_text(text, held_out)
+    parts: dict[str, list[str]] = {name: [] for name in TEXT_SHARES}
+    for line in lines:
+        parts[pick(f"text:{fold(line)}", TEXT_SHARES)].append(line)
+    for name, part in parts.items():
+        write_text(root / "text" / f"{name}.txt", "".join(f"{line}\n" for line in part))
+        written.append(f"text/{name}.txt")
+    marker = {
+        **about,
+        "speech": counts,
+        "text": {
+            **{name: {"lines": len(part), "words": sum(len(x.split()) for x in part)} for name, part in parts.items()},
+            "left_out": dict(left_out),
+        },
+        "sha256": {name: sha256(root / name) for name in written},
+    }
+    write_text(root / "corpus.json", json.dumps(marker, indent=2, ensure_ascii=False) + "\n")
+    for language, splits in counts.items():
+        logger.info("%s: %s", language, ", ".join(f"{k} {v['utterances']} ({v['hours']} h)" for k, v in splits.items()))
+    logger.info("text: %s", ", ".join(f"{name} {len(part)} lines" for name, part in parts.items()))
+
+
+def _manifest(root: Path, name: str, rows: list[Row]) -> str:
+    path = f"manifests/{name}.json"
+    write_text(root / path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def _count(rows: list[Row]) -> dict[str, Any]:
+    count = {"utterances": len(rows), "hours": round(sum(row["duration"] for row in rows) / 3600, 4)}
+    if any("translation" in row for row in rows):
+        count["translated"] = sum("translation" in row for row in rows)
+    return count

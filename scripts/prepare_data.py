@@ -1,0 +1,52 @@
+"""Prepares a corpus: audio, manifests and text in the layout of docs/data.md.
+
+    python scripts/prepare_data.py prompts            # human-read telephone prompts, en/es/fr, from Debian packages
+    python scripts/prepare_data.py mini_librispeech   # through lhotse; needs internet
+    python scripts/prepare_data.py synthetic          # eSpeak NG reading text; marked as synthetic everywhere
+
+Calling it again returns at once; a killed preparation starts over and trusts nothing half-written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
+    for name, text in (
+        ("prompts", "human-read prompts and public-domain text from Debian packages, without root"),
+        ("mini_librispeech", "5 + 2 hours of English audiobooks, downloaded by lhotse"),
+        ("synthetic", "sentences read by eSpeak NG in several voices"),
+    ):
+        corpus = corpora.add_parser(name, help=text, description=text)
+        corpus.add_argument("--root", type=Path, default=Path("data") / name, help="default: data/%(prog)s")
+        corpus.get_default("root")
+        if name != "mini_librispeech":
+            corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), default=["en", "es", "fr"])
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = vars(parse_arguments())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from nemo_slam.data.corpora import prepare
+    from nemo_slam.data.corpora.files import CorpusError
+
+    started = time.monotonic()
+    try:
+        root = prepare(options.pop("corpus"), options.pop("root"), **options)
+    except CorpusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"ready: {root} ({time.monotonic() - started:.1f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
