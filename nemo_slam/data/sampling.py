@@ -4,7 +4,7 @@ A stream is the endless concatenation of its epochs. In epoch e the shards of th
 consecutive permuted shards form a window, and the examples of a window are permuted. Along that order each example
 has a start: the total length of everything before it. Batch k holds the examples whose start lies in [k*F, (k+1)*F),
 where F is the stream's budget for one optimizer step. So an epoch has a fixed length, batch k is found without
-visiting batch k - 1, every example occurs exactly once an epoch, and neither the number of ranks nor of workers matters.
+visiting batch k - 1, every example occurs exactly once an epoch, and the number of ranks or workers does not matter.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class StepSampler:
         window: number of consecutive permuted shards whose examples are mixed.
 
     >>> from types import SimpleNamespace
-    >>> index = SimpleNamespace(lengths=np.array([3, 2, 4]), shard_offsets=np.array([0, 3]), shard_lengths=np.array([9]))
+    >>> lengths = np.array([3, 2, 4])
+    >>> index = SimpleNamespace(lengths=lengths, shard_offsets=np.array([0, 3]), shard_lengths=np.array([9]))
     >>> sampler = StepSampler(index, frames_per_step=9, seed=0, purpose=PURPOSE_TEXT)
     >>> ids, epochs = sampler.global_batch(7)  # F = one epoch, so step 7 is epoch 7
     >>> sorted(ids.tolist()), epochs.tolist()

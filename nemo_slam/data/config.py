@@ -1,0 +1,170 @@
+"""The streams' configuration: small dataclasses that refuse what they do not know.
+
+Imports nothing but the standard library, so that a misspelt key is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, TypeVar
+
+NEGATIVES = ("nearest", "rotated", "random", "mixed")
+
+
+class ConfigError(ValueError):
+    """A configuration node has an unknown, missing or unusable key."""
+
+
+@dataclass(frozen=True)
+class SpeechConfig:
+    """Stream of utterances without text.
+
+    Attributes:
+        manifest_filepath: a NeMo JSON-lines manifest, or a list of them (shards).
+        frames_per_step: frames of 10 ms in a global batch, over all ranks and micro-batches.
+        tarred_audio_filepaths: NeMo tar files that hold the audio, or None for plain files. A list, a brace pattern
+            `a_{0..9}.tar`, or NeMo's `a__OP_0..9_CL_.tar`.
+        min_duration: shorter utterances (seconds) are filtered and counted.
+        max_duration: longer utterances (seconds) are filtered and counted.
+        window: number of index shards (of at most 8,192 rows) that are shuffled together.
+        cache_dir: folder for the index; default beside the first manifest.
+    """
+
+    manifest_filepath: list[str]
+    frames_per_step: int
+    tarred_audio_filepaths: list[str] | None = None
+    min_duration: float = 0.3
+    max_duration: float = 20.0
+    window: int = 16
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Stream of text without speech.
+
+    Attributes:
+        text_filepath: plain text (an example a line) or JSON-lines with a `text` key (`.json`, `.jsonl`), or a list.
+        tokens_per_step: tokens in a global batch, over all ranks and micro-batches.
+        max_tokens: longer lines are cut into near-equal pieces of at most this many tokens.
+        min_tokens: shorter lines are filtered and counted.
+        window: number of index shards (of at most 8,192 rows) that are shuffled together.
+        cache_dir: folder for the index and the token file; default beside the first text file.
+    """
+
+    text_filepath: list[str]
+    tokens_per_step: int
+    max_tokens: int = 256
+    min_tokens: int = 1
+    window: int = 16
+    cache_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Stream of utterances with their text, each with a text that is not its own.
+
+    Attributes:
+        manifest_filepath, frames_per_step, tarred_audio_filepaths, min_duration, max_duration, window, cache_dir:
+            as in `SpeechConfig`.
+        max_tokens: rows with a longer text are filtered and counted; a transcript is never cut.
+        negatives: where the other text comes from: 'nearest' (an utterance of nearly the same duration and the same
+            language), 'rotated' (the own tokens in a rotated order), 'random', or 'mixed' (nearest or rotated).
+        neighbours: how many ranks in the order of duration a nearest negative may be away.
+    """
+
+    manifest_filepath: list[str]
+    frames_per_step: int
+    tarred_audio_filepaths: list[str] | None = None
+    min_duration: float = 0.3
+    max_duration: float = 20.0
+    max_tokens: int = 256
+    negatives: str = "nearest"
+    neighbours: int = 16
+    window: int = 16
+    cache_dir: str | None = None
+
+
+STREAMS = {"speech": SpeechConfig, "text": TextConfig, "pairs": PairsConfig}
+_PATH_LISTS = ("manifest_filepath", "text_filepath", "tarred_audio_filepaths")
+_AT_LEAST = {"frames_per_step": 1, "tokens_per_step": 1, "max_tokens": 1, "min_tokens": 1, "window": 1, "neighbours": 1}
+
+Config = TypeVar("Config", SpeechConfig, TextConfig, PairsConfig)
+
+
+def unknown_key(key: str, known: Sequence[str], where: str) -> ConfigError:
+    """The error for a key that nothing reads, with the closest one that exists."""
+    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return ConfigError(f"unknown key {key!r} in {where}{hint} (known: {', '.join(known)})")
+
+
+def parse_stream(cls: type[Config], node: Mapping[str, Any], where: str) -> Config:
+    """Builds a stream's configuration from a plain dict or an OmegaConf node.
+
+    Args:
+        cls: one of the dataclasses above.
+        node: the keys and values.
+        where: the node's place in the configuration, for messages, such as `train_ds.speech`.
+    """
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where} must be a mapping of keys to values, got {node!r}")
+    known = {f.name: f for f in fields(cls)}
+    for key in node:
+        if key not in known:
+            raise unknown_key(key, list(known), where)
+    for name, field in known.items():
+        if field.default is MISSING and node.get(name) is None:
+            raise ConfigError(f"{where} lacks the key {name!r}")
+    values = {key: _checked(known[key].type, key, node[key], where) for key in node}
+    config = cls(**values)
+    if hasattr(config, "max_duration") and not 0 <= config.min_duration <= config.max_duration:
+        raise ConfigError(
+            f"{where}: min_duration ({config.min_duration}) must lie between 0 and max_duration ({config.max_duration})"
+        )
+    if hasattr(config, "negatives") and config.negatives not in NEGATIVES:
+        raise ConfigError(f"{where}.negatives must be one of {', '.join(NEGATIVES)}, got {config.negatives!r}")
+    if hasattr(config, "min_tokens") and config.min_tokens > config.max_tokens:
+        raise ConfigError(f"{where}: min_tokens ({config.min_tokens}) is above max_tokens ({config.max_tokens})")
+    return config
+
+
+def parse_streams(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Builds the configurations of the streams that a node names. A stream set to null is left out.
+
+    >>> parse_streams({"text": {"text_filepath": "a.txt", "tokens_per_step": 8}}, "train_ds")["text"].text_filepath
+    ['a.txt']
+    """
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where} must name at least one of the streams {', '.join(STREAMS)}, got {node!r}")
+    for key in node:
+        if key not in STREAMS:
+            raise unknown_key(key, list(STREAMS), where)
+    parsed = {
+        key: parse_stream(STREAMS[key], node[key], f"{where}.{key}") for key in STREAMS if node.get(key) is not None
+    }
+    if not parsed:
+        raise ConfigError(f"{where} names no stream: give at least one of {', '.join(STREAMS)}")
+    return parsed
+
+
+def _checked(kind: str, key: str, value: Any, where: str) -> Any:
+    """The value as its field's type, or an error that names the key."""
+    if value is None and "None" in kind:
+        return None
+    if key in _PATH_LISTS:
+        paths = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
+        if not paths or not all(isinstance(p, str) and p for p in paths):
+            raise ConfigError(f"{where}.{key} must be a path or a list of paths, got {value!r}")
+        return paths
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind == "int" and number and value == int(value) and value >= _AT_LEAST[key]:
+        return int(value)
+    if kind == "float" and number:
+        return float(value)
+    if kind.startswith("str") and isinstance(value, str):
+        return value
+    wanted = {"int": f"a whole number of at least {_AT_LEAST.get(key)}", "float": "a number"}.get(kind, "text")
+    raise ConfigError(f"{where}.{key} must be {wanted}, got {value!r}")

@@ -1,0 +1,286 @@
+"""Memory-mapped indexes: what the sampler and the streams need to know of a corpus, without holding the corpus.
+
+An index is a folder of flat arrays plus `meta.json`, built on first use. Its name carries a hash of the settings and
+one of the sources (path, size, time, first and last bytes), so an index that does not match its sources is never
+opened: it is rebuilt, and that is said. It is written under a file lock and appears by one rename, so that several
+processes on a machine build it once and nobody sees half of one.
+
+Layout, one entry a row (an example): `length` and whatever the stream adds; for all: `shard_offsets`, `shard_lengths`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nemo_slam.data.bad_rows import BadRow, DataError
+
+logger = logging.getLogger(__name__)
+
+INDEX_VERSION = 1
+SHARD_ROWS = 8192  # a shard never crosses a source file
+CACHE_FOLDER = ".nemo_slam_index"
+_HEAD = 1 << 16
+_FLUSH_ROWS = 1 << 16
+
+
+class Index:
+    """An open index. Arrays are attributes, memory-mapped and read-only; it pickles as its folder's name.
+
+    Attributes:
+        folder: where it lies.
+        meta: `rows`, `filtered` (reason -> count), `bad` (count), `digest` (of the content) and what the stream adds.
+        length: (n,) int32, in the unit of the stream's budget.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self.meta = json.loads((self.folder / "meta.json").read_text())
+        if self.meta["version"] != INDEX_VERSION:
+            raise ValueError(f"version {self.meta['version']}, expected {INDEX_VERSION}")
+        for name, (dtype, size) in self.meta["arrays"].items():
+            path = self.folder / f"{name}.bin"
+            found, expected = path.stat().st_size, size * np.dtype(dtype).itemsize
+            if found != expected:
+                raise ValueError(f"{path} has {found} bytes, expected {expected}")
+            array = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+            setattr(self, name, np.asarray(array))  # a plain view: np.memmap's own indexing is slow
+
+    def __reduce__(self):
+        return Index, (self.folder,)
+
+    def __len__(self) -> int:
+        """Number of rows (examples)."""
+        return self.meta["rows"]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """The name that the sampler knows."""
+        return self.length
+
+    def bad_rows(self) -> list[BadRow]:
+        """The rows that the scan refused."""
+        with open(self.folder / "bad.jsonl", encoding="utf-8") as file:
+            return [BadRow(**json.loads(line)) for line in file]
+
+
+class IndexBuilder:
+    """Writes an index row by row, in constant memory.
+
+    Args:
+        folder: an existing empty folder.
+        columns: name -> dtype of each row's fields; `length` is among them.
+    """
+
+    def __init__(self, folder: Path, columns: Mapping[str, str]):
+        self.folder = folder
+        self.columns = dict(columns)
+        self.arrays: dict[str, tuple[str, int]] = {}
+        self.meta: dict = {}
+        self.filtered: Counter[str] = Counter()
+        self.rows = self.bad = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._pending: list[tuple] = []
+        self._shard_rows: list[int] = []
+        self._shard_lengths: list[int] = []
+        self._files = {name: open(folder / f"{name}.bin", "wb") for name in columns}  # noqa: SIM115
+        self._bad_file = open(folder / "bad.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, *row) -> None:
+        """Adds a row: its fields in the order of `columns`."""
+        self._pending.append(row)
+        if len(self._pending) == _FLUSH_ROWS:
+            self._flush()
+
+    def add_bad(self, row: BadRow) -> None:
+        """Notes a row that cannot be used."""
+        self.bad += 1
+        self._bad_file.write(json.dumps({"file": row.file, "line": row.line, "reason": row.reason}) + "\n")
+
+    def end_source(self) -> None:
+        """Closes the running shard: the next row comes from another file."""
+        self._flush()
+
+    def add_array(self, name: str, array: np.ndarray) -> None:
+        """Stores an array that is not one entry a row, or is computed after the scan."""
+        array.tofile(self.folder / f"{name}.bin")
+        self.arrays[name] = (array.dtype.str, len(array))
+
+    def column(self, name: str) -> np.ndarray:
+        """All rows' values of a column, for what is computed after the scan."""
+        self._flush()
+        self._files[name].flush()
+        return np.fromfile(self.folder / f"{name}.bin", self.columns[name])
+
+    def finish(self) -> None:
+        """Writes what remains, then `meta.json`."""
+        self._flush()
+        for name, file in self._files.items():
+            file.close()
+            self.arrays[name] = (np.dtype(self.columns[name]).str, self.rows)
+        self._bad_file.close()
+        self.add_array("shard_offsets", np.cumsum([0, *self._shard_rows], dtype=np.int64))
+        self.add_array("shard_lengths", np.array(self._shard_lengths, np.int64))
+        meta = {
+            "version": INDEX_VERSION,
+            "rows": self.rows,
+            "total_length": sum(self._shard_lengths),
+            "bad": self.bad,
+            "filtered": dict(self.filtered),
+            "digest": self._digest.hexdigest(),
+            "arrays": self.arrays,
+            **self.meta,
+        }
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+    def close(self) -> None:
+        """Closes the files of a build that failed."""
+        for file in [*self._files.values(), self._bad_file]:
+            file.close()
+
+    def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        # SHARD_ROWS divides _FLUSH_ROWS, so only a file's last flush leaves a short shard.
+        for (name, dtype), values in zip(self.columns.items(), zip(*pending, strict=True), strict=True):
+            array = np.array(values, dtype)
+            array.tofile(self._files[name])
+            self._digest.update(array.data)
+            if name == "length":
+                starts = np.arange(0, len(array), SHARD_ROWS)
+                self._shard_lengths += np.add.reduceat(array, starts, dtype=np.int64).tolist()
+                self._shard_rows += np.diff(np.append(starts, len(array))).tolist()
+        self.rows += len(pending)
+
+
+def open_index(
+    kind: str,
+    sources: Sequence[Path],
+    settings: Mapping,
+    columns: Mapping[str, str],
+    scan: Callable[[IndexBuilder], None],
+    cache_dir: str | None = None,
+) -> Index:
+    """Opens the index of `sources` under `settings`, building it first where there is none.
+
+    Args:
+        kind: the stream's name, for the folder's name and messages.
+        sources: the files that the index describes.
+        settings: everything else that its content depends on (JSON values).
+        columns: see `IndexBuilder`.
+        scan: fills the builder.
+        cache_dir: where indexes lie; default beside the first source, or a user cache if that is not writable.
+
+    Raises:
+        DataError: a source is missing, or `cache_dir` is not writable.
+    """
+    prints = [_fingerprint(path) for path in sources]
+    named = json.dumps([INDEX_VERSION, kind, settings, columns, [p[0] for p in prints]], sort_keys=True)
+    prefix = f"{kind}-{_hash(named)}"
+    cache = _cache_folder(Path(sources[0]).parent, cache_dir)
+    folder = cache / f"{prefix}-{_hash(json.dumps(prints))}"
+    index = _try_open(folder)
+    if index is None:
+        with FileLock(cache / f"{prefix}.lock"):
+            index = _try_open(folder)  # another process may have built it while this one waited
+            if index is None:
+                _build(folder, prefix, columns, scan, kind)
+                index = Index(folder)
+    return index
+
+
+def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable, kind: str) -> None:
+    """Builds into a temporary folder and renames it into place. The caller holds the lock."""
+    outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p.is_dir() and p.name.count("-") == 2]
+    if folder in outdated:
+        logger.warning("the index %s is damaged: building it anew", folder)
+        shutil.rmtree(folder)
+    elif outdated:
+        logger.warning("the index %s does not match its sources any more: building it anew", outdated[0])
+    else:
+        logger.info("building the index of stream kind %r: %s", kind, folder)
+    for leftover in folder.parent.glob(f"{prefix}.building-*"):  # of a build that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}.building-", dir=folder.parent))
+    try:
+        builder = IndexBuilder(temporary, columns)
+        try:
+            scan(builder)
+            builder.finish()
+        finally:
+            builder.close()
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in outdated:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _try_open(folder: Path) -> Index | None:
+    if not folder.is_dir():
+        return None
+    try:
+        return Index(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("cannot use the index %s (%s)", folder, error)
+        return None
+
+
+def _fingerprint(path: Path) -> list:
+    """Path, size, time and a hash of both ends of a file."""
+    try:
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            digest = hashlib.blake2b(file.read(_HEAD), digest_size=16)
+            file.seek(max(0, stat.st_size - _HEAD))
+            digest.update(file.read(_HEAD))
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path} ({error.strerror}): check the path in the configuration, or prepare the corpus first"
+        ) from None
+    return [str(Path(path).absolute()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+
+
+def _cache_folder(beside: Path, cache_dir: str | None) -> Path:
+    """A writable folder for indexes: the given one, else beside the sources, else the user's, else a temporary one."""
+    if cache_dir is not None:
+        problem = _why_not_writable(Path(cache_dir))
+        if problem:
+            raise DataError(f"cache_dir {cache_dir} cannot be written ({problem}): give another folder, or none")
+        return Path(cache_dir)
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_slam"
+    shared = Path(tempfile.gettempdir()) / f"nemo_slam_{os.getuid()}"
+    tried = []
+    for folder in (beside / CACHE_FOLDER, user, shared):
+        problem = _why_not_writable(folder)
+        if not problem:
+            if tried:
+                logger.warning("cannot write %s; the index goes to %s", "; ".join(tried), folder)
+            return folder
+        tried.append(f"{folder} ({problem})")
+    raise DataError(f"no writable folder for the index: {'; '.join(tried)}. Name one as cache_dir")
+
+
+def _why_not_writable(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
