@@ -1,3 +1,7 @@
 """nemo_slam: Google's SLAM (Bapna et al., 2021, arXiv 2110.10329) as an NVIDIA NeMo collection."""
 
+from nemo_slam.allowlist import register
+
 __version__ = "0.1.0"
+
+register()

@@ -1,0 +1,1 @@
+"""Models: pre-training and the encoder that goes into stock NeMo models."""

@@ -1,0 +1,74 @@
+"""The pre-trained encoder as a drop-in NeMo encoder: speech in, frames out."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from nemo.core.classes import NeuralModule, typecheck
+from nemo.core.neural_types import AcousticEncodedRepresentation, LengthsType, NeuralType, SpectrogramType
+from omegaconf import OmegaConf
+from slam_kernels import backend as kernel_backend
+from torch import Tensor
+
+from nemo_slam.config import parse
+from nemo_slam.models.settings import EncoderSettings
+from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
+from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
+from nemo_slam.packing import Segments, gather_rows, pack
+
+
+class SLAMEncoder(NeuralModule):
+    """Speech encoder and multimodal encoder of SLAM, as the ``encoder`` of stock NeMo CTC, RNN-T and attention models.
+
+    Parameter names are those of :class:`~nemo_slam.models.pretraining.SLAMPretrainingModel`, so that its weights load as they
+    are. Keys of the config node: ``nemo_slam.models.settings.EncoderSettings``.
+    """
+
+    def __init__(self, **node: Any):
+        super().__init__()
+        node = {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in node.items()}
+        settings = parse(EncoderSettings, node, "encoder")
+        kernels = kernel_backend.resolve(settings.conformer.kernels, "cuda" if torch.cuda.is_available() else "cpu")
+        self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer, kernels)
+        self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer, kernels)
+        # The CLS vector belongs to pairs: no gradient here, so that DDP finds no unused parameter.
+        self.multimodal_encoder.cls.requires_grad_(False)
+        self.pad_multiple = settings.pad_multiple
+        self.d_model = settings.conformer.d_model
+        self._feat_in = settings.speech_encoder.feat_in
+        self._feat_out = settings.conformer.d_model
+        self.subsampling_factor = SUBSAMPLING_FACTOR
+
+    @property
+    def input_types(self) -> OrderedDict[str, NeuralType]:
+        return OrderedDict(
+            audio_signal=NeuralType(("B", "D", "T"), SpectrogramType()), length=NeuralType(tuple("B"), LengthsType())
+        )
+
+    @property
+    def output_types(self) -> OrderedDict[str, NeuralType]:
+        return OrderedDict(
+            outputs=NeuralType(("B", "D", "T"), AcousticEncodedRepresentation()),
+            encoded_lengths=NeuralType(tuple("B"), LengthsType()),
+        )
+
+    @typecheck()
+    def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+        """*Shape:* log-mel (B, F, T) and frames (B,) -> (B, D, T'), padding zero, and its lengths (B,), T' = ceil(T / 4)."""
+        frames = np.minimum(length.cpu().numpy(), audio_signal.shape[-1])
+        rows = self.speech_encoder.subsample(audio_signal, frames)
+        lengths = subsampled_lengths(frames)
+        starts = np.cumsum(lengths) - lengths
+        packed = pack({"speech": Segments(starts[:, None], lengths[:, None])}, len(rows), rows.device, self.pad_multiple)
+        _, projected = self.speech_encoder(gather_rows(rows, packed.gather), packed.layout)
+        hidden = self.multimodal_encoder.embed_speech(projected, packed.layout.positions)
+        hidden = self.multimodal_encoder(hidden, packed.layout)
+
+        width = int(lengths.max(initial=0))
+        place = np.full((len(lengths), width), len(hidden), np.int64)
+        place[np.arange(width) < lengths[:, None]] = packed.rows_of("speech", 0)
+        padded = gather_rows(hidden, torch.as_tensor(place.reshape(-1)).to(hidden.device)).view(len(lengths), width, -1)
+        return padded.transpose(1, 2), torch.as_tensor(lengths).to(length.device)

@@ -1,0 +1,200 @@
+"""The pre-training model: orchestration of encoders, objectives and streams as a NeMo ``ModelPT``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import DictConfig, OmegaConf, open_dict
+from slam_kernels import backend as kernel_backend
+from torch import Tensor, nn
+
+from nemo_slam.data.batch import StepBatch
+from nemo_slam.models.settings import ModelSettings, model_settings
+from nemo_slam.models.step import Encoders, StepOutputs, StepSettings, run_step
+from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
+from nemo_slam.modules.quantizer import GumbelQuantizer
+from nemo_slam.modules.speech_encoder import SpeechEncoder
+from nemo_slam.modules.text_encoder import TextEncoder
+from nemo_slam.objectives.base import Objective, ObjectiveOutput, sum_over_ranks, world_size
+from nemo_slam.objectives.masked_speech import MaskedSpeech, SpeechLoss
+from nemo_slam.objectives.masked_text import MaskedText, TextLoss
+from nemo_slam.objectives.matching import Matching
+from nemo_slam.objectives.translation_lm import TranslationLM
+from nemo_slam.randomness import Randomness
+from nemo_slam.training.metrics import MetricAccumulator
+
+
+def build_objectives(settings: ModelSettings) -> nn.ModuleList:
+    """The objectives that the config enables; those that share a loss share its parameters."""
+    chosen, width = settings.objectives, settings.conformer.d_model
+    quantizer = GumbelQuantizer(settings.quantizer, width)
+    speech_loss = SpeechLoss(settings.speech_loss, quantizer, width)
+    text_loss = TextLoss(settings.text_encoder.vocab_size)
+    objectives: list[Objective] = []
+    if chosen.masked_speech is not None:
+        objectives.append(MaskedSpeech(chosen.masked_speech.masking, chosen.masked_speech.weight, speech_loss))
+    if chosen.masked_text is not None:
+        objectives.append(MaskedText(chosen.masked_text.masking, chosen.masked_text.weight, text_loss))
+    if chosen.translation_lm is not None:
+        tlm = chosen.translation_lm
+        objectives.append(TranslationLM(tlm.speech_masking, tlm.token_masking, tlm.weight, speech_loss, text_loss))
+    if chosen.matching is not None:
+        tlm_masking = chosen.translation_lm
+        masked = chosen.matching.input == "masked"
+        if masked and tlm_masking is None:
+            raise ValueError("model.objectives.matching.input=masked takes its masking from translation_lm: enable that too")
+        objectives.append(
+            Matching(
+                chosen.matching.weight,
+                width,
+                tlm_masking.speech_masking if masked and tlm_masking else None,
+                tlm_masking.token_masking if masked and tlm_masking else None,
+            )
+        )
+    return nn.ModuleList(objectives)
+
+
+class SLAMPretrainingModel(ModelPT, Encoders):
+    """SLAM pre-training (arXiv 2110.10329): all objectives of a stage in one forward and one backward.
+
+    Args:
+        cfg: the ``model`` node; ``nemo_slam.models.settings`` lists its keys.
+        trainer: Lightning's trainer.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer | None = None):
+        settings = model_settings(cfg)
+        super().__init__(cfg=cfg, trainer=trainer)
+        self.settings = settings
+        self.preprocessor = self.from_config_dict(self._cfg.preprocessor)
+        self._check_preprocessor()
+        self.tokenizer_model = self.register_artifact("tokenizer.model_path", cfg.tokenizer.model_path)
+        self.kernels = kernel_backend.resolve(settings.conformer.kernels, self._planned_device(trainer))
+        width = settings.conformer.d_model
+        self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer, self.kernels)
+        self.text_encoder = TextEncoder(settings.text_encoder, width)
+        self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer, self.kernels)
+        learned = settings.mask_vector.kind == "learned"
+        self.mask_vector = nn.Parameter(torch.randn(width) * settings.mask_vector.std) if learned else None
+        self.objectives = build_objectives(settings)
+        self.randomness = Randomness(int(cfg.get("seed", 0)))
+        self.train_metrics = MetricAccumulator()
+        self.validation_metrics = MetricAccumulator()
+        self.check_tokenizer()
+
+    @classmethod
+    def list_available_models(cls) -> list[Any]:
+        return []
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The data streams that the stage's objectives need."""
+        return tuple(dict.fromkeys(stream for objective in self.objectives for stream in objective.streams))
+
+    @staticmethod
+    def _planned_device(trainer: Trainer | None) -> torch.device:
+        return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+
+    def _check_preprocessor(self) -> None:
+        """Randomness must be a function of (seed, step, example): NeMo's dither is not."""
+        if float(self._cfg.preprocessor.get("dither", 0.0)) != 0.0:
+            raise ValueError("model.preprocessor.dither must be 0.0: it draws from a generator's state, so a resume would differ")
+        if self._cfg.preprocessor.features != self.settings.speech_encoder.feat_in:
+            raise ValueError(
+                f"model.preprocessor.features is {self._cfg.preprocessor.features}, model.speech_encoder.feat_in is "
+                f"{self.settings.speech_encoder.feat_in}: they must agree"
+            )
+
+    def check_tokenizer(self) -> None:
+        """The embedding must hold every piece of the tokenizer."""
+        import sentencepiece
+
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer_model)).get_piece_size()
+        if pieces > self.settings.text_encoder.vocab_size:
+            raise ValueError(
+                f"the tokenizer {self.tokenizer_model} has {pieces} pieces, model.text_encoder.vocab_size is "
+                f"{self.settings.text_encoder.vocab_size}: raise the latter or train a smaller tokenizer"
+            )
+
+    # ---- data -------------------------------------------------------------------------------------------------------------
+
+    def setup_training_data(self, train_data_config: DictConfig | dict | None) -> None:
+        """Keep the streams' config; the loader is built when training starts and the step to start from is known."""
+        self._update_dataset_config("train", train_data_config)
+
+    def setup_validation_data(self, val_data_config: DictConfig | dict | None) -> None:
+        self._update_dataset_config("validation", val_data_config)
+
+    def setup_multiple_validation_data(self, val_data_config: DictConfig | dict | None) -> None:
+        self.setup_validation_data(val_data_config)
+
+    # ---- forward ----------------------------------------------------------------------------------------------------------
+
+    def features(self, batch: StepBatch) -> tuple[Tensor, np.ndarray]:
+        """Log-mel (B, F, T) of the speech stream's utterances, then the pairs', and their frames (B,), known without a sync."""
+        parts = [part for part in (batch.speech, batch.pairs) if part is not None]
+        lengths = torch.cat([part.audio_lengths for part in parts]) if parts else torch.zeros(0, dtype=torch.int64)
+        if len(lengths) == 0:
+            return torch.zeros(0, self.settings.speech_encoder.feat_in, 0, device=self.device, dtype=self.dtype), np.zeros(0, np.int64)
+        width = max(part.audio.shape[1] for part in parts)
+        audio = torch.cat([nn.functional.pad(part.audio, (0, width - part.audio.shape[1])) for part in parts])
+        with torch.no_grad():
+            mel, _ = self.preprocessor(input_signal=audio, length=lengths.to(audio.device))
+        frames = self.preprocessor.featurizer.get_seq_len(lengths).numpy()
+        return mel.to(self.dtype), frames
+
+    def forward(self, batch: StepBatch) -> StepOutputs:
+        """Everything that the objectives read, for one micro-batch."""
+        features, frames = self.features(batch)
+        return run_step(
+            self,
+            features,
+            frames,
+            batch,
+            list(self.objectives),
+            self.randomness,
+            StepSettings(self.kernels, self.settings.pad_multiple, self.settings.max_positions),
+            self.settings.mask_vector.std if self.mask_vector is None else self.mask_vector,
+            self._trainer.global_step if self._trainer is not None else 0,
+        )
+
+    def losses(self, batch: StepBatch) -> tuple[Tensor, ObjectiveOutput, StepOutputs]:
+        """The loss to minimise and its parts. Gradients averaged over ranks are those of the global batch's loss."""
+        outputs = self(batch)
+        result = ObjectiveOutput()
+        for objective in self.objectives:
+            result.extend(objective(outputs))
+        counts = sum_over_ranks(torch.stack([loss.count for loss in result.losses])).clamp(min=torch.finfo(torch.float32).tiny)
+        total = sum(
+            loss.weight * loss.total * world_size() / counts[i] for i, loss in enumerate(result.losses)
+        )
+        return total, result, outputs
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        total, result, outputs = self.losses(batch)
+        self.train_metrics.update(result, outputs.volume(batch))
+        return total
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        _, result, outputs = self.losses(batch)
+        self.validation_metrics.update(result, outputs.volume(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        figures = self.validation_metrics.flush()
+        self.last_validation = {f"val_{name}": value for name, value in figures.items()}
+        if "loss" in figures:
+            self.log("val_loss", figures["loss"], sync_dist=False)
+
+    # ---- export -----------------------------------------------------------------------------------------------------------
+
+    def encoder_config(self) -> DictConfig:
+        """The config of a :class:`~nemo_slam.models.encoder.SLAMEncoder` with this model's encoder."""
+        keys = ("conformer", "speech_encoder", "multimodal_encoder", "pad_multiple")
+        node = OmegaConf.create({key: OmegaConf.to_container(self._cfg[key], resolve=True) for key in keys if key in self._cfg})
+        with open_dict(node):
+            node._target_ = "nemo_slam.models.encoder.SLAMEncoder"
+        return node

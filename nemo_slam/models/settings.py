@@ -1,0 +1,116 @@
+"""The model's part of the config, as dataclasses: every key is read here or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_slam.config import parse, unknown_key
+from nemo_slam.models.step import MaskVectorConfig
+from nemo_slam.modules.conformer import ConformerConfig
+from nemo_slam.modules.multimodal_encoder import MultimodalEncoderConfig
+from nemo_slam.modules.quantizer import GumbelQuantizerConfig
+from nemo_slam.modules.speech_encoder import SpeechEncoderConfig
+from nemo_slam.modules.text_encoder import TextEncoderConfig
+from nemo_slam.objectives.inputs import SpeechMasking, TokenMasking
+from nemo_slam.objectives.masked_speech import SpeechLossConfig
+from nemo_slam.objectives.matching import INPUTS
+
+
+@dataclass(frozen=True)
+class MaskedSpeechConfig:
+    """Spans of 10 subsampled frames (400 ms), start probability 0.065 (w2v-BERT, section 3.3)."""
+
+    masking: SpeechMasking = SpeechMasking(0.065)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MaskedTextConfig:
+    """15% of the tokens in spans of 5 (SLAM, section 3.2)."""
+
+    masking: TokenMasking = TokenMasking(0.15)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TranslationLMConfig:
+    """75% of the frames (start probability 0.129 gives that on long input) and 50% of the tokens (SLAM, section 3.2)."""
+
+    speech_masking: SpeechMasking = SpeechMasking(0.129)
+    token_masking: TokenMasking = TokenMasking(0.5)
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """Attributes:
+    input: ``unmasked`` (ALBEF) or ``masked``, as translation language modelling masks.
+    """
+
+    input: str = "unmasked"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.input not in INPUTS:
+            raise ValueError(f"input: {self.input!r} is not one of {', '.join(INPUTS)}")
+
+
+@dataclass(frozen=True)
+class ObjectivesConfig:
+    """The objectives of a stage; null leaves one out."""
+
+    masked_speech: MaskedSpeechConfig | None = None
+    masked_text: MaskedTextConfig | None = None
+    translation_lm: TranslationLMConfig | None = None
+    matching: MatchingConfig | None = None
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What the exported encoder needs as well as pre-training."""
+
+    conformer: ConformerConfig = field(default_factory=ConformerConfig)
+    speech_encoder: SpeechEncoderConfig = field(default_factory=SpeechEncoderConfig)
+    multimodal_encoder: MultimodalEncoderConfig = field(default_factory=MultimodalEncoderConfig)
+    pad_multiple: int = 16
+
+
+@dataclass(frozen=True)
+class ModelSettings(EncoderSettings):
+    """Everything of the ``model`` node that shapes the network and its losses.
+
+    Attributes:
+        pad_multiple: packed rows are rounded up to a multiple of this.
+        max_positions: upper limit of packed rows in one micro-batch of the multimodal encoder, or null.
+    """
+
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    quantizer: GumbelQuantizerConfig = field(default_factory=GumbelQuantizerConfig)
+    mask_vector: MaskVectorConfig = field(default_factory=MaskVectorConfig)
+    speech_loss: SpeechLossConfig = field(default_factory=SpeechLossConfig)
+    objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
+    max_positions: int | None = None
+
+    def __post_init__(self) -> None:
+        if not any(vars(self.objectives).values()):
+            raise ValueError("objectives: none is enabled; a stage needs at least one")
+
+
+OTHER_KEYS = frozenset(
+    {"preprocessor", "tokenizer", "train_ds", "validation_ds", "test_ds", "optim", "seed", "target", "nemo_version", "model_target"}
+)
+"""Keys of the ``model`` node that NeMo or the model itself reads."""
+
+
+def model_settings(cfg: Any) -> ModelSettings:
+    """Parse the ``model`` node.
+
+    Raises:
+        ValueError: a key that nothing reads, or a value out of range.
+    """
+    own = {f for f in ModelSettings.__dataclass_fields__}
+    for key in cfg:
+        if key not in own and key not in OTHER_KEYS:
+            raise unknown_key(str(key), own | OTHER_KEYS, "model")
+    return parse(ModelSettings, {key: cfg[key] for key in cfg if key in own}, "model")

@@ -1,0 +1,43 @@
+"""The Conformer's convolution module over packed rows, with GroupNorm over each sequence's own rows."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from nemo.collections.asr.parts.submodules.conformer_modules import ConformerConvolution
+from slam_kernels import glu_conv_group_norm_silu
+from torch import Tensor
+
+from nemo_slam.packing import SequenceLayout
+
+
+class PackedConvolution(ConformerConvolution):
+    """NeMo's ``ConformerConvolution`` with group normalisation, on rows (1, N, D).
+
+    Parameters and their names are NeMo's (its GroupNorm is called ``batch_norm``). NeMo's statistics count padding, so an
+    utterance's output depends on its neighbours in the batch; these are taken over the sequence's own rows (method: "groups").
+
+    Args:
+        num_groups, eps: of the GroupNorm; SLAM's norm in place of BatchNorm, 32 groups and 1e-3 as in Lingvo.
+        kernels: ``torch`` or ``triton``.
+    """
+
+    def __init__(self, d_model: int, kernel_size: int, num_groups: int, eps: float, kernels: str):
+        super().__init__(d_model=d_model, kernel_size=kernel_size, norm_type=f"group_norm{num_groups}")
+        self.batch_norm.eps = eps
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, pad_mask: SequenceLayout, cache: None = None) -> Tensor:
+        """*Shape:* (1, N, D) -> (1, N, D); ``pad_mask`` is the layout, where NeMo's layer passes a mask."""
+        rows = F.linear(x.squeeze(0), self.pointwise_conv1.weight.squeeze(-1), self.pointwise_conv1.bias)
+        rows = glu_conv_group_norm_silu(
+            rows,
+            self.depthwise_conv.weight.squeeze(1),
+            self.depthwise_conv.bias,
+            self.batch_norm.weight,
+            self.batch_norm.bias,
+            pad_mask.cu_seqlens,
+            num_groups=self.batch_norm.num_groups,
+            eps=self.batch_norm.eps,
+            backend=self.kernels,
+        )
+        return F.linear(rows, self.pointwise_conv2.weight.squeeze(-1), self.pointwise_conv2.bias).unsqueeze(0)

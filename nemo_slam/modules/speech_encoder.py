@@ -1,0 +1,86 @@
+"""Speech encoder: convolutional front end (4x fewer frames), N Conformer layers, one linear projection (SLAM, section 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
+from torch import Tensor, nn
+
+from nemo_slam.modules.conformer import ConformerConfig, ConformerStack
+from nemo_slam.packing import SequenceLayout, ranges
+
+SUBSAMPLING_FACTOR = 4
+
+
+def subsampled_lengths(lengths: np.ndarray) -> np.ndarray:
+    """Frames left by two convolutions of stride 2: ceil(ceil(L / 2) / 2)."""
+    return -(-np.asarray(lengths, np.int64) // 4)
+
+
+@dataclass(frozen=True)
+class SpeechEncoderConfig:
+    """Attributes:
+    feat_in: mel channels.
+    conv_channels: channels of the two 2-D convolutions (unknown in the paper).
+    num_layers: Conformer layers before the projection (N).
+    """
+
+    feat_in: int = 80
+    conv_channels: int = 128
+    num_layers: int = 8
+
+
+class PackedConvSubsampling(ConvSubsampling):
+    """NeMo's ``ConvSubsampling("striding")`` on utterances laid end to end in one image.
+
+    Each utterance starts on a multiple of 4 frames and at least 3 zero frames follow it, so that no 3 x 3 kernel of stride 2
+    reaches a neighbour; what the first convolution leaves in those gaps is zeroed before the second. The result equals
+    NeMo's on each utterance alone, without computing padding.
+    """
+
+    def __init__(self, feat_in: int, d_model: int, conv_channels: int):
+        super().__init__("striding", SUBSAMPLING_FACTOR, feat_in, d_model, conv_channels)
+
+    def forward(self, features: Tensor, lengths: np.ndarray) -> Tensor:
+        """*Shape:* features (B, F, T), lengths (B,) frames -> rows (sum of subsampled lengths, D)."""
+        lengths = np.asarray(lengths, np.int64)
+        batch, mels, width = features.shape
+        slots = (lengths + 3 + 3) // 4 * 4
+        starts = np.cumsum(slots) - slots
+        total = max(int(slots.sum()), 4)
+
+        frames = np.full(total, batch * width, np.int64)
+        frames[ranges(starts, lengths)] = ranges(np.arange(batch) * width, lengths)
+        source = torch.cat([features.transpose(1, 2).reshape(-1, mels), features.new_zeros(1, mels)])
+        image = source.index_select(0, torch.as_tensor(frames).to(features.device))[None, None]
+
+        first, activation, second, last = self.conv
+        half_valid = np.zeros(total // 2, bool)
+        half_valid[ranges(starts // 2, -(-lengths // 2))] = True
+        image = activation(first(image)) * torch.as_tensor(half_valid).to(image.device)[:, None]
+        image = last(second(image))
+        kept = torch.as_tensor(ranges(starts // 4, subsampled_lengths(lengths))).to(image.device)
+        rows = image.squeeze(0).transpose(0, 1).flatten(1).index_select(0, kept)
+        return self.out(rows)
+
+
+class SpeechEncoder(nn.Module):
+    """Front end, Conformer layers and projection; masking happens between the first two (see ``objectives``)."""
+
+    def __init__(self, config: SpeechEncoderConfig, conformer: ConformerConfig, kernels: str):
+        super().__init__()
+        self.pre_encode = PackedConvSubsampling(config.feat_in, conformer.d_model, config.conv_channels)
+        self.layers = ConformerStack(conformer, config.num_layers, kernels)
+        self.proj = nn.Linear(conformer.d_model, conformer.d_model)
+
+    def subsample(self, features: Tensor, lengths: np.ndarray) -> Tensor:
+        """Log-mel (B, F, T) -> one row for each 40 ms (sum of ceil(L / 4), D), utterances in order."""
+        return self.pre_encode(features, lengths)
+
+    def forward(self, rows: Tensor, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """Rows (N, D) -> contexts (N, D), which the contrastive loss reads, and their projection (N, D)."""
+        contexts = self.layers(rows, layout)
+        return contexts, self.proj(contexts)

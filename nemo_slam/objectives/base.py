@@ -1,0 +1,98 @@
+"""What an objective is, and the loss it returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, TextInput
+
+if TYPE_CHECKING:
+    from nemo_slam.models.step import StepOutputs
+
+
+@dataclass
+class Loss:
+    """A loss as (sum, count), so that averages are right over micro-batches and ranks of uneven size.
+
+    A count of 0 comes with a sum of 0 that is still connected to every parameter of its objective: each rank then runs
+    the same backward in each step.
+    """
+
+    name: str
+    total: Tensor
+    count: Tensor
+    weight: float = 1.0
+
+
+@dataclass
+class Metric:
+    """A figure to log, not to minimise, as (sum, count)."""
+
+    name: str
+    total: Tensor
+    count: Tensor
+
+
+@dataclass
+class Histogram:
+    """How often each code was a target, (K,); its entropy minus the loss named ``loss`` is the code information gain."""
+
+    name: str
+    counts: Tensor
+    loss: str
+
+
+@dataclass
+class ObjectiveOutput:
+    """Everything an objective returns for one micro-batch."""
+
+    losses: list[Loss] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+    histograms: list[Histogram] = field(default_factory=list)
+
+    def extend(self, other: ObjectiveOutput) -> None:
+        self.losses += other.losses
+        self.metrics += other.metrics
+        self.histograms += other.histograms
+
+
+class Objective(nn.Module):
+    """Base class: declares inputs, then turns the encoders' outputs into losses and metrics.
+
+    Attributes:
+        name: prefix of its losses and of its random streams.
+        streams: the data streams it needs.
+        speech, text, multimodal: the sequences it adds to each packed batch.
+    """
+
+    name: str
+    streams: tuple[str, ...] = ()
+    speech: tuple[SpeechInput, ...] = ()
+    text: tuple[TextInput, ...] = ()
+    multimodal: tuple[MultimodalInput, ...] = ()
+
+    def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
+        raise NotImplementedError
+
+
+def count(value: int | Tensor, like: Tensor) -> Tensor:
+    """A count as a scalar on the device of ``like``, in the loss's accumulation type."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.as_tensor(value, device=like.device).to(dtype)
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over ranks, without gradient."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values

@@ -1,0 +1,58 @@
+"""Speech-text matching (SLAM, section 3.2, after ALBEF): does this text belong to this speech?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
+from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput, TokenMasking
+
+if TYPE_CHECKING:
+    from nemo_slam.models.step import StepOutputs
+
+INPUTS = ("unmasked", "masked")
+
+
+class Matching(Objective):
+    """A binary decision from the CLS row, one positive and one negative for each pair; both share one speech encoding.
+
+    Args:
+        speech_masking, token_masking: None for unmasked input.
+    """
+
+    name = "matching"
+    negative = "matching_negative"
+    streams = ("pairs",)
+
+    def __init__(
+        self, weight: float, d_model: int, speech_masking: SpeechMasking | None, token_masking: TokenMasking | None
+    ):
+        super().__init__()
+        self.weight = weight
+        self.head = nn.Linear(d_model, 1)
+        self.speech = (SpeechInput(self.name, "pairs", speech_masking),)
+        self.text = (
+            TextInput(self.name, "pairs", token_masking),
+            TextInput(self.negative, "pairs", token_masking, negative=True),
+        )
+        self.multimodal = (
+            MultimodalInput(self.name, cls=True, speech=self.name, text=self.name),
+            MultimodalInput(self.negative, cls=True, speech=self.name, text=self.negative),
+        )
+
+    def scores(self, outputs: StepOutputs, name: str) -> torch.Tensor:
+        """(S,) logits that the text belongs to the speech, for the sequences of an input in batch order."""
+        rows = torch.as_tensor(outputs.rows(name, "cls")).to(outputs.hidden.device)
+        scores = self.head(outputs.hidden.index_select(0, rows)).squeeze(-1)
+        return scores if scores.dtype == torch.float64 else scores.float()
+
+    def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
+        true, false = self.scores(outputs, self.name), self.scores(outputs, self.negative)
+        loss = F.softplus(-true).sum() + F.softplus(false).sum()
+        total = count(true.numel() + false.numel(), loss)
+        correct = (true > 0).sum() + (false < 0).sum()
+        return ObjectiveOutput([Loss(self.name, loss, total, self.weight)], [Metric(f"{self.name}/accuracy", correct, total)])

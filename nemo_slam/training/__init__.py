@@ -1,0 +1,1 @@
+"""Training: checkpoints, metrics and what the run folder promises."""
