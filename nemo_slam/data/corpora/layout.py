@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,18 +20,20 @@ SPLITS = ("train", "dev", "test")
 TEXT_SHARES = {"train": 0.98, "dev": 0.02}
 # A held-out prompt of at least so many words must not occur inside a longer line either ("thank you" may).
 MIN_CONTAINED_WORDS = 3
+MAX_WORDS = 120  # of a line; the few longer "verses" are passages that another numbering keeps in one place
 
 Row = dict[str, Any]
 
 
 def begin(root: Path) -> None:
-    """Withdraws the marker of an earlier preparation and what a killed one left. Call it under the lock."""
+    """Withdraws the marker of an earlier preparation and what was made from it. Call it under the lock."""
     (root / "corpus.json").unlink(missing_ok=True)
+    shutil.rmtree(root / "tokenizers", ignore_errors=True)  # trained on text that is about to change
     remove_leftovers(root)
 
 
 def filter_text(lines: Iterable[str], held_out: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """Distinct ``lines`` without the texts of dev and test prompts.
+    """Distinct ``lines`` of at most ``MAX_WORDS`` words, without the texts of dev and test prompts.
 
     A line goes if it equals a held-out text, or contains one of ``MIN_CONTAINED_WORDS`` words or more as a run of
     words; both compared without diacritics. Lines must be normalised.
@@ -55,6 +58,8 @@ def filter_text(lines: Iterable[str], held_out: Iterable[str]) -> tuple[list[str
             for run in by_start.get(words[start : start + MIN_CONTAINED_WORDS], ())
         ):
             left_out["text of a dev or test prompt"] += 1
+        elif len(words) > MAX_WORDS:
+            left_out[f"longer than {MAX_WORDS} words"] += 1
         elif line in kept:
             left_out["repeated line"] += 1
         else:
