@@ -106,8 +106,17 @@ class StepSampler:
         """The epoch in which `step` begins."""
         return step * self.frames_per_step // self.length_per_epoch
 
-    def global_batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def steps_once(self) -> int:
+        """Steps that cover epoch 0 completely (the last one may be short)."""
+        return -(-self.length_per_epoch // self.frames_per_step)
+
+    def global_batch(self, step: int, once: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """All examples of `step`, over all ranks, in stream order.
+
+        Args:
+            step: 0 or more.
+            once: stop after epoch 0 instead of beginning the next one (for validation).
 
         Returns:
             ids (B,) int64 and epochs (B,) int64. The total length is below F plus the longest example. B may be 0,
@@ -118,14 +127,15 @@ class StepSampler:
         begin = step * self.frames_per_step
         end = begin + self.frames_per_step
         ids, epochs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for epoch in range(begin // self.length_per_epoch, (end - 1) // self.length_per_epoch + 1):
+        last = 0 if once else (end - 1) // self.length_per_epoch
+        for epoch in range(begin // self.length_per_epoch, last + 1):
             base = epoch * self.length_per_epoch
             found = self._between(epoch, max(begin - base, 0), min(end - base, self.length_per_epoch))
             ids.append(found)
             epochs.append(np.full(len(found), epoch, np.int64))
         return np.concatenate(ids), np.concatenate(epochs)
 
-    def part(self, step: int, part: int, parts: int) -> tuple[np.ndarray, np.ndarray]:
+    def part(self, step: int, part: int, parts: int, once: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """One of `parts` shares of the step: the batch sorted by length, cut at equal cumulative length.
 
         An example belongs to the part in which its middle lies. Returns ids and epochs, (b,) int64, shortest first,
@@ -133,7 +143,7 @@ class StepSampler:
         """
         if not 0 <= part < parts:
             raise ValueError(f"part must be in 0..{parts - 1}, got {part}")
-        return split_batch(*self.global_batch(step), self.index.lengths, part, parts)
+        return split_batch(*self.global_batch(step, once), self.index.lengths, part, parts)
 
     def _between(self, epoch: int, low: int, high: int) -> np.ndarray:
         """Ids of the epoch whose start lies in [low, high), in order."""

@@ -1,0 +1,66 @@
+"""NeMo tarred audio: where each member of the tar files lies, so that rows are read by position, in any order."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemo_slam.data.bad_rows import DataError
+from nemo_slam.data.manifest import RowError
+
+
+class TarMembers:
+    """The members of NeMo's tar files, by the name under which manifests know them.
+
+    NeMo matches members by base name without extension, and rows that share one recording by a `-sub<n>` suffix; so
+    does this. Only headers are read.
+
+    Args:
+        paths: the tar files. A member that a truncated file does not hold completely is known, but unusable.
+    """
+
+    def __init__(self, paths: Sequence[Path]):
+        self._members: dict[str, tuple[int, int, int]] = {}
+        self._broken: dict[str, Path] = {}
+        self._damaged: list[Path] = []
+        for number, path in enumerate(paths):
+            self._scan(number, path)
+
+    def _scan(self, number: int, path: Path) -> None:
+        size = path.stat().st_size
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    key = _key(member.name)
+                    if key in self._members:
+                        raise DataError(
+                            f"{path} holds a second {member.name!r}: names must be unique over all tar files"
+                        )
+                    if member.offset_data + member.size > size:
+                        self._broken[key] = path
+                    else:
+                        self._members[key] = (number, member.offset_data, member.size)
+        except tarfile.ReadError as error:
+            if number == 0 and not self._members:
+                raise DataError(f"{path} is not an uncompressed tar file ({error})") from None
+            self._damaged.append(path)
+        except OSError as error:
+            raise DataError(f"cannot read {path} ({error.strerror})") from None
+
+    def find(self, audio_filepath: str) -> tuple[int, int, int]:
+        """Number of the tar file, byte offset and size of a row's audio. Raises RowError where there is none."""
+        key = _key(audio_filepath)
+        for name in (key, key.rsplit("-sub", 1)[0]):
+            if name in self._members:
+                return self._members[name]
+            if name in self._broken:
+                raise RowError(f"{audio_filepath}: cut off, {self._broken[name]} is truncated")
+        damaged = f" ({', '.join(map(str, self._damaged))} cannot be read to the end)" if self._damaged else ""
+        raise RowError(f"{audio_filepath}: in none of the tar files{damaged}")
+
+
+def _key(name: str) -> str:
+    return Path(name).stem
