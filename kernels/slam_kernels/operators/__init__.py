@@ -1,0 +1,1 @@
+"""The public operators: argument checks, documentation, and the choice between kernel and twin."""
