@@ -19,16 +19,19 @@ from pathlib import Path
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     corpora = parser.add_subparsers(dest="corpus", required=True, metavar="CORPUS")
-    for name, text in (
-        ("prompts", "human-read prompts and public-domain text from Debian packages, without root"),
-        ("mini_librispeech", "5 + 2 hours of English audiobooks, downloaded by lhotse"),
-        ("synthetic", "sentences read by eSpeak NG in several voices"),
-    ):
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
         corpus = corpora.add_parser(name, help=text, description=text)
-        corpus.add_argument("--root", type=Path, default=Path("data") / name, help="default: data/%(prog)s")
-        corpus.get_default("root")
-        if name != "mini_librispeech":
-            corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), default=["en", "es", "fr"])
+        corpus.add_argument("--root", type=Path, default=Path("data", name), help="default: %(default)s")
+        return corpus
+
+    prompts = add("prompts", "human-read prompts and public-domain text from Debian packages, without root")
+    librispeech = add("mini_librispeech", "5 + 2 hours of English audiobooks through lhotse")
+    librispeech.add_argument("--source", type=Path, help="LibriSpeech folder that is here already; else downloaded")
+    synthetic = add("synthetic", "sentences read by eSpeak NG in several voices")
+    synthetic.add_argument("--sentences", type=int, default=300, help="read in every language; default: %(default)s")
+    for corpus in (prompts, synthetic):
+        corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), default=["en", "es", "fr"])
     return parser.parse_args(arguments)
 
 
@@ -41,7 +44,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         root = prepare(options.pop("corpus"), options.pop("root"), **options)
-    except CorpusError as error:
+    except (CorpusError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"ready: {root} ({time.monotonic() - started:.1f} s)")

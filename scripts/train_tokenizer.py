@@ -14,10 +14,10 @@ from pathlib import Path
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="text, one sentence a line")
+    parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="text, a sentence a line")
     parser.add_argument("--manifests", nargs="+", type=Path, default=[], metavar="FILE", help="NeMo manifests")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, symbols included")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model, tokenizer.vocab, vocab.txt")
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and vocab files")
     parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     parser.add_argument(
         "--allow-smaller", action="store_true", help="train the largest vocabulary the text carries if it is too small"

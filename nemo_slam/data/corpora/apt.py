@@ -26,7 +26,9 @@ def _apt(apt_get: str, folder: Path, *arguments: str, cwd: Path | None = None) -
         # As root, apt would switch to the user _apt, who need not be able to read our folder.
         "APT::Sandbox::User": "root",
         "Acquire::Languages": "none",
-        "Acquire::Retries": 2,
+        "Acquire::Retries": 1,
+        "Acquire::http::Timeout": 20,
+        "Acquire::https::Timeout": 20,
     }
     command = [apt_get, "-q", *(f"-o{key}={value}" for key, value in options.items()), *arguments]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})

@@ -6,11 +6,11 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_slam.data.corpora.files import remove_leftovers, sha256, write_text
+from nemo_slam.data.corpora.files import CorpusError, locked, read_marker, remove_leftovers, sha256, write_text
 from nemo_slam.data.corpora.normalise import fold
 from nemo_slam.data.corpora.splits import pick
 
@@ -25,11 +25,46 @@ MAX_WORDS = 120  # of a line; the few longer "verses" are passages that another 
 Row = dict[str, Any]
 
 
-def begin(root: Path) -> None:
-    """Withdraws the marker of an earlier preparation and what was made from it. Call it under the lock."""
-    (root / "corpus.json").unlink(missing_ok=True)
-    shutil.rmtree(root / "tokenizers", ignore_errors=True)  # trained on text that is about to change
-    remove_leftovers(root)
+def prepare_once(root: Path, name: str, request: Mapping[str, Any], build: Callable[[], None]) -> Path:
+    """Runs ``build`` unless ``root`` holds corpus ``name`` prepared with the same ``request``.
+
+    Processes that call this at once wait for the first. A build that was killed is started over: only `corpus.json`,
+    which ``build`` writes last (`finish`), says that a corpus is complete.
+
+    Args:
+        root: the corpus folder.
+        name: the recipe's name.
+        request: what the preparation depends on, JSON values only; another request prepares the corpus anew.
+        build: prepares the corpus and calls `finish`.
+
+    Raises:
+        CorpusError: ``root`` holds another corpus.
+    """
+    if _is_done(root, name, request):
+        return root
+    with locked(root, "prepare"):
+        if _is_done(root, name, request):  # another process prepared it while this one waited
+            return root
+        logger.info("preparing corpus %s in %s", name, root)
+        (root / "corpus.json").unlink(missing_ok=True)
+        for made_from_it in ("manifests", "text", "tokenizers"):
+            shutil.rmtree(root / made_from_it, ignore_errors=True)
+        remove_leftovers(root)
+        build()
+    return root
+
+
+def _is_done(root: Path, name: str, request: Mapping[str, Any]) -> bool:
+    marker = read_marker(root)
+    if marker is None:
+        return False
+    if marker.get("name") != name:
+        raise CorpusError(f"{root} holds corpus {marker.get('name')!r}, not {name!r}: choose another folder (--root)")
+    if marker.get("request") != request:
+        logger.info("%s was prepared with %s, now asked for %s", root, marker.get("request"), dict(request))
+        return False
+    logger.info("corpus %s is already in %s", name, root)
+    return True
 
 
 def filter_text(lines: Iterable[str], held_out: Iterable[str]) -> tuple[list[str], Counter[str]]:
@@ -68,7 +103,11 @@ def filter_text(lines: Iterable[str], held_out: Iterable[str]) -> tuple[list[str
 
 
 def finish(
-    root: Path, rows: Mapping[str, Mapping[str, list[Row]]], text: Iterable[str], about: Mapping[str, Any]
+    root: Path,
+    rows: Mapping[str, Mapping[str, list[Row]]],
+    text: Iterable[str],
+    about: Mapping[str, Any],
+    text_left_out: Counter[str],
 ) -> None:
     """Writes manifests and text, then ``corpus.json``, whose presence says that the corpus is complete.
 
@@ -76,7 +115,8 @@ def finish(
         root: the corpus folder.
         rows: language -> split -> manifest rows; ``audio_filepath`` relative to ``root``/manifests.
         text: normalised lines of the text stream; the dev and test prompts' texts are filtered out here.
-        about: what else ``corpus.json`` says: recipe, request, licences, packages, notes.
+        about: what else ``corpus.json`` says: name, request, licences, packages, what was left out.
+        text_left_out: counts, by reason, of lines that ``text`` itself leaves out; those left out here are added.
     """
     written: list[str] = []
     counts: dict[str, dict[str, Any]] = {}
@@ -88,7 +128,7 @@ def finish(
         together = [row for splits in rows.values() for row in splits[split]]
         written.append(_manifest(root, f"speech_{split}", together))
     held_out = [row["text"] for splits in rows.values() for split in ("dev", "test") for row in splits[split]]
-    lines, left_out = filter_text(text, held_out)
+    lines, filtered = filter_text(text, held_out)
     parts: dict[str, list[str]] = {name: [] for name in TEXT_SHARES}
     for line in lines:
         parts[pick(f"text:{fold(line)}", TEXT_SHARES)].append(line)
@@ -100,7 +140,7 @@ def finish(
         "speech": counts,
         "text": {
             **{name: {"lines": len(part), "words": sum(len(x.split()) for x in part)} for name, part in parts.items()},
-            "left_out": dict(left_out),
+            "left_out": dict(text_left_out + filtered),
         },
         "sha256": {name: sha256(root / name) for name in written},
     }

@@ -7,22 +7,21 @@ same id as its translation. One speaker a language (English and Spanish share th
 from __future__ import annotations
 
 import gzip
-import logging
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from nemo_slam.data.corpora import apt, sword, wordnet
-from nemo_slam.data.corpora.asterisk import Transcripts, parse_transcripts
+from nemo_slam.data.corpora.asterisk import NOT_TRANSLATED, Transcripts, parse_transcripts
 from nemo_slam.data.corpora.deb import read_deb
-from nemo_slam.data.corpora.files import SAMPLE_RATE, CorpusError, locked, read_marker, sha256, write_wav
-from nemo_slam.data.corpora.layout import SPLITS, Row, begin, finish
+from nemo_slam.data.corpora.files import SAMPLE_RATE, CorpusError, sha256, write_wav
+from nemo_slam.data.corpora.layout import SPLITS, Row, finish, prepare_once
 from nemo_slam.data.corpora.normalise import fold, normalise
 from nemo_slam.data.corpora.splits import group_splits
-
-logger = logging.getLogger("nemo_slam.data")
 
 LANGUAGES = ("en", "es", "fr")
 VERSION = 1  # of the recipe: a corpus of another version is prepared anew
@@ -43,55 +42,43 @@ def prepare(root: Path, languages: Sequence[str] = LANGUAGES) -> Path:
 
     Raises:
         ValueError: a language there are no prompts for.
-        CorpusError: apt-get is missing, offline, or has no such packages.
+        CorpusError: apt-get is missing, offline, or has no such packages; or ``root`` holds another corpus.
     """
     unknown = sorted(set(languages) - set(LANGUAGES))
     if unknown or not languages:
         raise ValueError(f"languages {list(languages)}: expected some of {', '.join(LANGUAGES)}")
-    wanted = [language for language in LANGUAGES if language in languages]
-    request = {"languages": wanted, "version": VERSION}
-    if _is_done(root, request):
-        return root
-    with locked(root, "prepare"):
-        if _is_done(root, request):  # another process prepared it while this one waited
-            return root
-        logger.info("preparing the prompts corpus (%s) in %s", ", ".join(wanted), root)
-        begin(root)
-        work = root / "packages"
-        names = [f"asterisk-core-sounds-{language}" for language in LANGUAGES]
-        names += [f"asterisk-core-sounds-{language}-g722" for language in wanted] + list(_TEXT_PACKAGES)
-        debs = apt.fetch(names, work)
-        transcripts = {x: _transcripts(debs[f"asterisk-core-sounds-{x}"], x) for x in LANGUAGES}
-        splits = group_splits(
-            ((prompt, [fold(text)]) for found in transcripts.values() for prompt, text in found.texts.items()), _SALT
-        )
-        rows = {
-            language: _speech(root, debs[f"asterisk-core-sounds-{language}-g722"], language, transcripts, splits)
-            for language in wanted
-        }
-        packages = {
-            name: {"version": apt.version(deb), "file": deb.name, "sha256": sha256(deb)} for name, deb in debs.items()
-        }
-        about = {
-            "name": "prompts",
-            "request": request,
-            "synthetic": False,
-            "speakers": "one a language",
-            "licences": _LICENCES,
-            "packages": packages,
-            "left_out": {language: dict(transcripts[language].left_out) for language in wanted},
-        }
-        finish(root, rows, _text(debs), about)
-        shutil.rmtree(work)
-    return root
+    request = {"languages": [language for language in LANGUAGES if language in languages], "version": VERSION}
+    return prepare_once(root, "prompts", request, lambda: _build(root, request))
 
 
-def _is_done(root: Path, request: dict) -> bool:
-    marker = read_marker(root)
-    if marker is None or marker.get("name") != "prompts" or marker["request"] != request:
-        return False
-    logger.info("the prompts corpus is already in %s", root)
-    return True
+def _build(root: Path, request: dict[str, Any]) -> None:
+    wanted = request["languages"]
+    work = root / "packages"
+    names = [f"asterisk-core-sounds-{language}" for language in LANGUAGES]
+    names += [f"asterisk-core-sounds-{language}-g722" for language in wanted] + list(_TEXT_PACKAGES)
+    debs = apt.fetch(names, work)
+    transcripts = {x: _transcripts(debs[f"asterisk-core-sounds-{x}"], x) for x in LANGUAGES}
+    texts = ((prompt, [fold(text)]) for found in transcripts.values() for prompt, text in found.texts.items())
+    splits = group_splits(texts, _SALT)
+    rows = {
+        language: _speech(root, debs[f"asterisk-core-sounds-{language}-g722"], language, transcripts, splits)
+        for language in wanted
+    }
+    packages = {
+        name: {"version": apt.version(deb), "file": deb.name, "sha256": sha256(deb)} for name, deb in debs.items()
+    }
+    text_left_out: Counter[str] = Counter()
+    about = {
+        "name": "prompts",
+        "request": request,
+        "synthetic": False,
+        "speakers": "one a language; English and Spanish share theirs",
+        "licences": _LICENCES,
+        "packages": packages,
+        "left_out": {language: dict(transcripts[language].left_out) for language in wanted},
+    }
+    finish(root, rows, _text(debs, text_left_out), about, text_left_out)
+    shutil.rmtree(work)
 
 
 def _transcripts(deb: Path, language: str) -> Transcripts:
@@ -126,7 +113,7 @@ def _speech(
             "lang": language,
             "prompt_id": prompt,
         }
-        if language != "en" and prompt in english.texts:
+        if language != "en" and prompt in english.texts and (language, prompt) not in NOT_TRANSLATED:
             row["translation"] = english.texts[prompt]
         rows[splits[prompt]].append(row)
     found.left_out["transcript without a recording"] += len(found.texts.keys() - heard)
@@ -148,8 +135,8 @@ def decode_g722(content: bytes) -> bytes:
     return bytes(memoryview(samples).cast("B"))
 
 
-def _text(debs: dict[str, Path]) -> Iterator[str]:
-    """Normalised lines of the text stream. Lines that cannot be spelled out with certainty are left out."""
+def _text(debs: dict[str, Path], left_out: Counter[str]) -> Iterator[str]:
+    """Normalised lines of the text stream; those that cannot be spelled out with certainty are counted and left out."""
     for name, language in _TEXT_PACKAGES.items():
         members = {member: content for member, content in read_deb(debs[name]) if "/doc/" not in member}
         if name.startswith("sword-"):
@@ -160,3 +147,5 @@ def _text(debs: dict[str, Path]) -> Iterator[str]:
         for line in lines:
             if spoken := normalise(line, language):
                 yield spoken
+            else:
+                left_out["number that can be read in several ways"] += 1
