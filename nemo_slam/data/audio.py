@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -45,20 +46,31 @@ def load_audio(
         raise AudioError(f"{name}: holds samples that are NaN or infinite")
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1, dtype=np.float32)
     if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+        try:
+            mono = soxr.resample(mono, rate, SAMPLE_RATE)
+        except (ValueError, RuntimeError) as error:
+            raise AudioError(f"{name}: cannot be resampled from {rate} Hz ({error})") from None
     if len(mono) == 0:
         raise AudioError(f"{name}: no sample left at {SAMPLE_RATE} Hz")
     return np.ascontiguousarray(mono, dtype=np.float32)
 
 
+def _size(path: str | Path, name: str) -> int:
+    """Bytes of a regular file; a pipe would be waited for without end."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise AudioError(f"{name}: cannot be opened ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise AudioError(f"{name}: is not a file")
+    return status.st_size
+
+
 def _read(source, offset: float, duration: float | None, name: str) -> tuple[np.ndarray, int]:
     """The stretch as it is stored: samples (n, channels) float32, and the rate."""
     is_bytes = isinstance(source, (bytes, bytearray))
-    try:
-        if (len(source) if is_bytes else os.path.getsize(source)) == 0:
-            raise AudioError(f"{name}: the file is empty")
-    except OSError as error:
-        raise AudioError(f"{name}: cannot be opened ({error.strerror})") from None
+    if (len(source) if is_bytes else _size(source, name)) == 0:
+        raise AudioError(f"{name}: the file is empty")
     try:
         with soundfile.SoundFile(io.BytesIO(source) if is_bytes else source) as file:
             start = round(offset * file.samplerate)

@@ -50,8 +50,8 @@ class BadRows:
         path: the run folder's `bad_rows.jsonl`, or None to keep the list in memory only.
         on_bad_row: 'skip' or 'raise'.
 
-    Each line of the file is `{"stream", "file", "line", "reason"}`, with `"step"` (the micro-batch number) where the
-    row was met while loading.
+    Each line of the file is `{"stream", "file", "line", "reason"}`, with `"step"` (the optimizer step) where the row
+    was met while loading.
     """
 
     def __init__(self, path: str | Path | None = None, on_bad_row: str = "skip"):

@@ -82,7 +82,7 @@ class PairsConfig:
     max_duration: float = 20.0
     max_tokens: int = 256
     negatives: str = "nearest"
-    neighbours: int = 16
+    neighbours: int = 8
     window: int = 16
     cache_dir: str | None = None
 

@@ -32,6 +32,7 @@ SHARD_ROWS = 8192  # a shard never crosses a source file
 CACHE_FOLDER = ".nemo_slam_index"
 _HEAD = 1 << 16
 _FLUSH_ROWS = 1 << 16
+_PROGRESS_ROWS = 1_000_000
 
 
 class Index:
@@ -162,6 +163,8 @@ class IndexBuilder:
                 self._shard_lengths += np.add.reduceat(array, starts, dtype=np.int64).tolist()
                 self._shard_rows += np.diff(np.append(starts, len(array))).tolist()
         self.rows += len(pending)
+        if self.rows // _PROGRESS_ROWS > (self.rows - len(pending)) // _PROGRESS_ROWS:
+            logger.info("indexed %s rows", f"{self.rows:,}")
 
 
 def open_index(
@@ -188,22 +191,25 @@ def open_index(
     prints = [_fingerprint(path) for path in sources]
     named = json.dumps([INDEX_VERSION, kind, settings, columns, [p[0] for p in prints]], sort_keys=True)
     prefix = f"{kind}-{_hash(named)}"
-    cache = _cache_folder(Path(sources[0]).parent, cache_dir)
-    folder = cache / f"{prefix}-{_hash(json.dumps(prints))}"
-    index = _try_open(folder)
-    if index is None:
-        with FileLock(cache / f"{prefix}.lock"):
-            index = _try_open(folder)  # another process may have built it while this one waited
-            if index is None:
-                _build(folder, prefix, columns, scan, kind)
-                index = Index(folder)
+    name = f"{prefix}-{_hash(json.dumps(prints))}"
+    caches = _cache_folders(Path(sources[0]).parent) if cache_dir is None else [Path(cache_dir)]
+    for cache in caches:  # a folder that cannot be written may hold an index that can be read
+        index = _try_open(cache / name)
+        if index is not None:
+            return index
+    cache = _first_writable(caches)
+    with FileLock(cache / f"{prefix}.lock"):
+        index = _try_open(cache / name)  # another process may have built it while this one waited
+        if index is None:
+            _build(cache / name, prefix, columns, scan, kind)
+            index = Index(cache / name)
     return index
 
 
 def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable, kind: str) -> None:
     """Builds into a temporary folder and renames it into place. The caller holds the lock."""
-    outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p.is_dir() and p.name.count("-") == 2]
-    if folder in outdated:
+    outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p != folder]
+    if folder.exists():
         logger.warning("the index %s is damaged: building it anew", folder)
         shutil.rmtree(folder)
     elif outdated:
@@ -253,17 +259,15 @@ def _fingerprint(path: Path) -> list:
     return [str(Path(path).absolute()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
 
 
-def _cache_folder(beside: Path, cache_dir: str | None) -> Path:
-    """A writable folder for indexes: the given one, else beside the sources, else the user's, else a temporary one."""
-    if cache_dir is not None:
-        problem = _why_not_writable(Path(cache_dir))
-        if problem:
-            raise DataError(f"cache_dir {cache_dir} cannot be written ({problem}): give another folder, or none")
-        return Path(cache_dir)
+def _cache_folders(beside: Path) -> list[Path]:
+    """Where indexes may lie, best first: beside the sources, in the user's cache, in a temporary folder."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_slam"
-    shared = Path(tempfile.gettempdir()) / f"nemo_slam_{os.getuid()}"
+    return [beside / CACHE_FOLDER, user, Path(tempfile.gettempdir()) / f"nemo_slam_{os.getuid()}"]
+
+
+def _first_writable(folders: Sequence[Path]) -> Path:
     tried = []
-    for folder in (beside / CACHE_FOLDER, user, shared):
+    for folder in folders:
         problem = _why_not_writable(folder)
         if not problem:
             if tried:

@@ -40,8 +40,8 @@ def parse_json(raw: bytes) -> dict:
         raise RowError(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start})") from None
     except json.JSONDecodeError as error:
         raise RowError(f"malformed JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise RowError("malformed JSON (nested too deep)") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise RowError(f"malformed JSON ({error!s:.80})") from None
     if not isinstance(row, dict):
         raise RowError(f"expected a JSON object, got {type(row).__name__}")
     return row
@@ -50,19 +50,20 @@ def parse_json(raw: bytes) -> dict:
 def parse_row(raw: bytes, need_text: bool) -> Row:
     """A line of a manifest as a Row. Raises RowError with the reason."""
     row = parse_json(raw)
-    path = _text(row, "audio_filepath")
+    path = string_value(row, "audio_filepath")
     duration = _seconds(row, "duration")
     if duration <= 0:
         raise RowError(f"duration must be above 0, got {duration:g}")
     offset = _seconds(row, "offset") if row.get("offset") is not None else 0.0
     if offset < 0:
         raise RowError(f"offset must be at least 0, got {offset:g}")
-    text = _text(row, "text").strip() if need_text else ""
+    text = string_value(row, "text").strip() if need_text else ""
     lang = row.get("lang")
     return Row(path, duration, offset, text, lang if isinstance(lang, str) else "")
 
 
-def _text(row: dict, key: str) -> str:
+def string_value(row: dict, key: str) -> str:
+    """A key's non-empty string. Raises RowError where there is none."""
     if key not in row:
         raise RowError(f"missing key {key!r}")
     value = row[key]
@@ -70,6 +71,10 @@ def _text(row: dict, key: str) -> str:
         raise RowError(f"{key} must be a string, got {value!r:.80}")
     if not value.strip():
         raise RowError(f"{key} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowError(f"{key} holds half a surrogate pair, which is no character") from None
     return value
 
 
@@ -79,9 +84,13 @@ def _seconds(row: dict, key: str) -> float:
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise RowError(f"{key} must be a number of seconds, got {value!r:.80}")
-    if not math.isfinite(value):
-        raise RowError(f"{key} must be finite, got {value}")
-    return float(value)
+    try:
+        seconds = float(value)
+    except OverflowError:
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise RowError(f"{key} must be finite, got {seconds}")
+    return seconds
 
 
 def scan_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -23,7 +23,7 @@ class TarMembers:
     def __init__(self, paths: Sequence[Path]):
         self._members: dict[str, tuple[int, int, int]] = {}
         self._broken: dict[str, Path] = {}
-        self._damaged: list[Path] = []
+        self._damaged: list[str] = []
         for number, path in enumerate(paths):
             self._scan(number, path)
 
@@ -44,9 +44,7 @@ class TarMembers:
                     else:
                         self._members[key] = (number, member.offset_data, member.size)
         except tarfile.ReadError as error:
-            if number == 0 and not self._members:
-                raise DataError(f"{path} is not an uncompressed tar file ({error})") from None
-            self._damaged.append(path)
+            self._damaged.append(f"{path}: {error}")
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror})") from None
 
@@ -58,7 +56,7 @@ class TarMembers:
                 return self._members[name]
             if name in self._broken:
                 raise RowError(f"{audio_filepath}: cut off, {self._broken[name]} is truncated")
-        damaged = f" ({', '.join(map(str, self._damaged))} cannot be read to the end)" if self._damaged else ""
+        damaged = f" (not read to the end: {'; '.join(self._damaged)})" if self._damaged else ""
         raise RowError(f"{audio_filepath}: in none of the tar files{damaged}")
 
 

@@ -13,7 +13,7 @@ from nemo_slam.data.bad_rows import BadRow, BadRows
 from nemo_slam.data.batch import TextBatch
 from nemo_slam.data.config import TextConfig
 from nemo_slam.data.index import IndexBuilder, open_index
-from nemo_slam.data.manifest import RowError, _text, expand_paths, parse_json, scan_lines
+from nemo_slam.data.manifest import RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.sampling import PURPOSE_TEXT
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
@@ -122,7 +122,7 @@ def _chunks(builder: IndexBuilder, path: Path) -> Iterator[list[tuple[int, str]]
             builder.filtered["blank lines"] += 1
             continue
         try:
-            text = _text(parse_json(raw), "text") if is_json else raw.decode("utf-8")
+            text = string_value(parse_json(raw), "text") if is_json else raw.decode("utf-8")
         except (RowError, UnicodeDecodeError) as error:
             reason = str(error) if isinstance(error, RowError) else "not UTF-8"
             builder.add_bad(BadRow(str(path), line, reason))
