@@ -88,6 +88,7 @@ class StepOutputs:
         hidden: output of the multimodal encoder (N, D).
         masked_speech, masked_text: by input name.
         optimizer_step: optimizer steps so far.
+        frames: 10 ms feature frames of the batch.
     """
 
     features: Tensor
@@ -103,6 +104,7 @@ class StepOutputs:
     settings: StepSettings
     training: bool
     optimizer_step: int
+    frames: int
     masked_speech: dict[str, MaskedRows] = field(default_factory=dict)
     masked_text: dict[str, MaskedRows] = field(default_factory=dict)
 
@@ -111,11 +113,11 @@ class StepOutputs:
         return self.packed.rows_of(name, self.multimodal[name].segments().index(segment))
 
     def volume(self, batch: StepBatch) -> dict[str, float]:
-        """How much went through this step: 40 ms frames, tokens, packed positions, and what rounding and blocks add to them."""
+        """How much went through this step: 10 ms frames and tokens read, positions packed, and positions that attention computed."""
         blocks = self.packed.layout.blocks
         texts = [part.lengths for part in (batch.text, batch.pairs) if part is not None]
         return {
-            "frames": float(self.packed_speech.layout.num_valid),
+            "frames": float(self.frames),
             "tokens": float(sum(int(lengths.sum()) for lengths in texts)),
             "positions": float(self.packed.layout.num_valid),
             "attended_positions": float(sum(block.size * block.width for block in blocks)),
@@ -196,6 +198,7 @@ def run_step(
         settings=settings,
         training=encoders.training,
         optimizer_step=optimizer_step,
+        frames=int(frames.sum()),
         masked_speech=masked_speech,
         masked_text=masked_text,
     )

@@ -1,0 +1,108 @@
+"""Checkpoints of which a rerun can trust every one: written under another name, flushed, then renamed.
+
+A checkpoint is named ``step=000001000.ckpt``. A kill at any moment leaves the previous one whole; a leftover of an unfinished
+save ends in ``.part`` and is removed by the next start.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.utils import logging
+
+NAME = re.compile(r"step=(\d+)\.ckpt")
+
+
+def finished_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of every finished checkpoint, oldest first."""
+    found = ((NAME.fullmatch(path.name), path) for path in folder.glob("step=*.ckpt"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class StepCheckpoint(Callback):
+    """Saves every ``every_n_steps`` optimizer steps, at the end, and on SIGTERM; keeps the last ``keep_last``.
+
+    Dropout draws from torch's generator, the one piece of randomness that is not a function of the step: its state is saved,
+    and restored right before the first batch after a resume.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int, keep_last: int):
+        if every_n_steps < 1 or keep_last < 1:
+            raise ValueError(f"checkpoint.every_n_steps and keep_last must be positive, got {every_n_steps} and {keep_last}")
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+        self._saved_at = -1
+        self._terminated = False
+        self._random_state: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.part"):
+                logging.warning(f"removing {leftover}: a save that was cut off")
+                leftover.unlink()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at = trainer.global_step
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, frame: object) -> None:
+        self._terminated = True
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        checkpoint["random_state"] = state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random_state = checkpoint.get("random_state")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._random_state is not None:
+            torch.set_rng_state(self._random_state["cpu"].cpu())
+            if "cuda" in self._random_state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
+            self._random_state = None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._saved_at or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        stop = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
+        if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
+            self.save(trainer)
+        if stop:
+            logging.warning(f"SIGTERM: saved step {step}, stopping; the same command resumes from here")
+            trainer.should_stop = True
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the current step, all ranks together, then drop the oldest beyond ``keep_last``."""
+        step = trainer.global_step
+        final = self.folder / f"step={step:09d}.ckpt"
+        part = final.with_suffix(".ckpt.part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            _fsync(part)
+            os.replace(part, final)
+            _fsync(self.folder)
+            for _, old in finished_checkpoints(self.folder)[: -self.keep_last]:
+                old.unlink()
+        self._saved_at = step

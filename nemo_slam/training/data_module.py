@@ -1,0 +1,52 @@
+"""Streams to Lightning: the training loader starts at the step that the trainer has reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from nemo_slam.data.batch import StepBatch
+from nemo_slam.data.loader import StepDataset, ValidationDataset, step_loader, validation_loader
+from nemo_slam.data.stream import Stream
+
+
+class _WithoutLength:
+    """Hides a loader's length: Lightning would count the batches before a resume against it and end the epoch early."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return iter(self.loader)
+
+
+class SLAMDataModule(LightningDataModule):
+    """Hands the trainer micro-batch after micro-batch, each a function of its number.
+
+    Args:
+        train, validation: open streams by name.
+        num_workers: loading processes.
+        pin_memory: page-lock batches, for copies to a GPU.
+    """
+
+    def __init__(self, train: Mapping[str, Stream], validation: Mapping[str, Stream], num_workers: int, pin_memory: bool):
+        super().__init__()
+        self.train, self.validation = train, validation
+        self.options = {"num_workers": num_workers, "pin_memory": pin_memory}
+
+    def train_dataloader(self) -> _WithoutLength:
+        assert self.trainer is not None
+        accumulate = self.trainer.accumulate_grad_batches
+        dataset = StepDataset(self.train, self.trainer.global_rank, self.trainer.world_size, accumulate)
+        start, end = self.trainer.global_step * accumulate, self.trainer.max_steps * accumulate
+        return _WithoutLength(step_loader(dataset, start, end, **self.options))
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        assert self.trainer is not None
+        if not self.validation:
+            return []
+        dataset = ValidationDataset(self.validation, self.trainer.global_rank, self.trainer.world_size)
+        # Validation reads little and seldom: no processes that would wait for it all along.
+        return validation_loader(dataset, num_workers=0, pin_memory=self.options["pin_memory"])

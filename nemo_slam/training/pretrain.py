@@ -1,0 +1,177 @@
+"""From a config to a finished run folder; ``scripts/speech_pretrain.py`` calls :func:`pretrain`."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from nemo.utils import logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_slam.data.bad_rows import BadRows
+from nemo_slam.data.loader import build_streams
+from nemo_slam.data.stream import Stream
+from nemo_slam.models.pretraining import SLAMPretrainingModel
+from nemo_slam.training.checkpoints import StepCheckpoint, finished_checkpoints
+from nemo_slam.training.data_module import SLAMDataModule
+from nemo_slam.training.initialise import load_weights, read_weights
+from nemo_slam.training.run_folder import RunMetrics
+
+MINIMUM_INITIALISED = 0.5
+"""Share of the parameters that ``init_from`` must fill: objectives may be new, the encoder must not be."""
+
+
+def prepare_data(data: DictConfig, vocab_size: int) -> None:
+    """Prepare the corpus and its tokenizer on first use, where the config names a recipe.
+
+    Raises:
+        FileNotFoundError: no recipe, and the tokenizer does not exist.
+    """
+    from nemo_slam.data.corpora import prepare
+    from nemo_slam.data.tokenizer import ensure_tokenizer
+
+    if data.prepare is not None:
+        prepare(data.prepare, data.root)
+    if Path(data.tokenizer.model_path).is_file():
+        return
+    if data.prepare is None:
+        raise FileNotFoundError(
+            f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; train one with scripts/train_tokenizer.py"
+        )
+    ensure_tokenizer(data.root, vocab_size)
+
+
+def make_trainer(cfg: DictConfig, run_folder: Path) -> Trainer:
+    """Lightning's trainer and NeMo's experiment manager (loggers only: the run folder and the checkpoints are ours)."""
+    callbacks = [
+        # Metrics before checkpoints: a checkpoint at step k then implies that row k is written.
+        RunMetrics(run_folder, cfg.trainer.log_every_n_steps),
+        StepCheckpoint(run_folder / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_last),
+    ]
+    trainer = Trainer(
+        **OmegaConf.to_container(cfg.trainer, resolve=True),
+        callbacks=callbacks,
+        max_epochs=-1,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    manager = OmegaConf.to_container(cfg.exp_manager, resolve=True)
+    manager.pop("exp_dir")
+    level = logging.getEffectiveLevel()
+    logging.setLevel(logging.WARNING)  # it prints its whole schema
+    try:
+        exp_manager(
+            trainer,
+            {
+                **manager,
+                "explicit_log_dir": str(run_folder),
+                "create_checkpoint_callback": False,
+                "create_preemption_callback": False,
+                "log_step_timing": False,
+            },
+        )
+    finally:
+        logging.setLevel(level)
+    return trainer
+
+
+def start_up_table(cfg: DictConfig, trainer: Trainer, model: SLAMPretrainingModel, streams: dict[str, Stream]) -> str:
+    """What this run is, in one look."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    layer = model.multimodal_encoder.layers[0]
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = [
+        ("device", f"{name}; {trainer.world_size} process(es)"),
+        ("precision", str(trainer.precision)),
+        ("kernels", f"{model.kernels} (kernels: {model.settings.conformer.kernels})"),
+        ("attention", f"{layer.self_attn.backend} (attention: {model.settings.conformer.attention})"),
+        ("parameters", f"{parameters / 1e6:.2f} M"),
+        ("objectives", ", ".join(objective.name for objective in model.objectives)),
+        ("steps", f"{trainer.max_steps}, {trainer.accumulate_grad_batches} micro-batch(es) each"),
+        *((f"stream {name}", stream.summary()) for name, stream in streams.items()),
+    ]
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(["run:", *(f"  {title:<{width}}  {text}" for title, text in rows)])
+
+
+def _say_demonstration(cfg: DictConfig, trainer: Trainer) -> None:
+    if cfg.data.prepare is None or cfg.model.conformer.d_model < 512:
+        return
+    logging.warning("=" * 100)
+    logging.warning(f"DEMONSTRATION: this trains on the small corpus {cfg.data.prepare!r}. For real training name your data: data=...")
+    if trainer.strategy.root_device.type == "cpu":
+        logging.warning("This machine has no GPU: a step of this model takes minutes here. model=tiny is meant for a CPU.")
+    logging.warning("=" * 100)
+
+
+def _save_config(cfg: DictConfig, run_folder: Path) -> None:
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    OmegaConf.save(resolved, run_folder / "config.yaml")
+
+
+def save_nemo(model: Any, path: Path) -> None:
+    """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive."""
+    part = path.with_name(f".{path.stem}.part.nemo")
+    model.save_to(str(part))
+    os.replace(part, path)
+
+
+def pretrain(cfg: DictConfig) -> Path:
+    """Run (or resume) pre-training and return the run folder."""
+    started = time.perf_counter()
+    seed_everything(cfg.seed, verbose=False)
+    run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
+    run_folder.mkdir(parents=True, exist_ok=True)
+    trainer = make_trainer(cfg, run_folder)
+    _say_demonstration(cfg, trainer)
+    prepare_data(cfg.data, cfg.model.text_encoder.vocab_size)
+    model = SLAMPretrainingModel(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)), trainer)
+
+    bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
+    common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
+    train = build_streams(_needed(cfg.data.train_ds, model.streams, "train_ds"), **common)
+    validation = {}
+    if cfg.data.validation_ds is not None:
+        node = _needed(cfg.data.validation_ds, model.streams, "validation_ds")
+        validation = build_streams(node, **common, split="validation")
+    pin = trainer.strategy.root_device.type == "cuda"
+    data = SLAMDataModule(train, validation, cfg.data.num_workers, pin)
+
+    checkpoints = finished_checkpoints(run_folder / "checkpoints")
+    resume = checkpoints[-1] if checkpoints else None
+    if resume is not None:
+        logging.info(f"resuming from step {resume[0]} ({resume[1]})")
+    elif cfg.init_from is not None:
+        logging.info(str(load_weights(model, read_weights(cfg.init_from), cfg.init_from, MINIMUM_INITIALISED)))
+    if trainer.is_global_zero:
+        _save_config(cfg, run_folder)
+        logging.info(start_up_table(cfg, trainer, model, train))
+
+    trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
+
+    if trainer.global_step >= trainer.max_steps:
+        save_nemo(model, run_folder / f"{cfg.name}.nemo")
+    if trainer.is_global_zero:
+        minutes = (time.perf_counter() - started) / 60
+        left_out = f"; {bad_rows.count()} bad rows, listed in {bad_rows.path}" if bad_rows.count() else ""
+        logging.info(f"step {trainer.global_step}/{trainer.max_steps} after {minutes:.1f} min; run folder: {run_folder}{left_out}")
+    return run_folder
+
+
+def _needed(node: DictConfig, streams: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The streams that the objectives read, of those that the data config offers."""
+    missing = [name for name in streams if node.get(name) is None]
+    if missing:
+        raise ValueError(f"data.{where} lacks {', '.join(missing)}: the enabled objectives need {', '.join(streams)}")
+    return {name: OmegaConf.to_container(node[name], resolve=True) for name in streams}

@@ -1,0 +1,125 @@
+"""What a run leaves behind: metrics.csv, a line of progress for each logged step, figures for the loggers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.utils import logging
+
+FRAME_SECONDS = 0.01
+
+
+class MetricsFile:
+    """A CSV file with ``step`` first that survives kills and resumes: rows are appended, columns may be added later."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.columns: list[str] = ["step"]
+
+    def open_at(self, step: int) -> None:
+        """Prepare for rows after ``step``: rows beyond it, and a last line that a kill cut short, are dropped."""
+        rows = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self.columns = list(reader.fieldnames or ["step"])
+                rows = [row for row in reader if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+        self._rewrite(rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        new = [name for name in row if name not in self.columns]
+        if new:
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            file.write(self._lines([row]))
+
+    def _lines(self, rows: list[dict[str, Any]]) -> str:
+        buffer = io.StringIO()
+        csv.DictWriter(buffer, self.columns, restval="", lineterminator="\n").writerows(rows)
+        return buffer.getvalue()
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        part = self.path.with_suffix(".csv.part")
+        part.write_text(",".join(self.columns) + "\n" + self._lines(rows))
+        os.replace(part, self.path)
+
+
+class RunMetrics(Callback):
+    """Every ``every_n_steps`` optimizer steps: one row in ``metrics.csv``, one line on the screen, figures to the loggers."""
+
+    def __init__(self, folder: Path, every_n_steps: int):
+        if every_n_steps < 1:
+            raise ValueError(f"log_every_n_steps must be positive, got {every_n_steps}")
+        self.file = MetricsFile(folder / "metrics.csv")
+        self.every_n_steps = every_n_steps
+        self._logged_at = -1
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._logged_at = trainer.global_step
+        self._since = time.perf_counter()
+        if trainer.is_global_zero:
+            self.file.open_at(trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        accumulated = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if accumulated and step != self._logged_at and (step % self.every_n_steps == 0 or step == trainer.max_steps):
+            self._logged_at = step
+            self._write(trainer, step, self._training_figures(trainer, pl_module))
+
+    def _training_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        figures: dict[str, float] = pl_module.train_metrics.flush()
+        seconds = time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        positions, attended = figures.pop("positions"), figures.pop("attended_positions")
+        frames, tokens = figures.pop("frames"), figures.pop("tokens")
+        optimizer = trainer.optimizers[0]
+        return {
+            "loss": figures.pop("loss"),
+            **figures,
+            "lr": optimizer.param_groups[0]["lr"],
+            "frames_per_second": frames / seconds,
+            "tokens_per_second": tokens / seconds,
+            "padding_share": 1 - positions / attended if attended else 0.0,
+            "seconds": seconds,
+        }
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        skipped = ("frames", "tokens", "positions", "attended_positions")
+        figures = {k: v for k, v in pl_module.last_validation.items() if k.removeprefix("val_") not in skipped}
+        self._write(trainer, trainer.global_step, figures)
+        self._since = time.perf_counter()
+
+    def _write(self, trainer: Trainer, step: int, figures: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in figures.items() if not math.isnan(v)}, step=step)
+        if trainer.is_global_zero:
+            self.file.append({"step": step, **{k: f"{v:.9g}" for k, v in figures.items()}})
+            logging.info(self._line(step, trainer.max_steps, figures))
+
+    @staticmethod
+    def _line(step: int, last: int, figures: dict[str, float]) -> str:
+        shown = [f"{name.replace('masked_', '')} {value:.3f}" for name, value in figures.items() if _is_shown(name)]
+        rate = figures.get("frames_per_second")
+        speed = [] if rate is None else [f"{rate * FRAME_SECONDS:.0f} s of speech/s", f"{figures['tokens_per_second']:.0f} tokens/s"]
+        return f"step {step}/{last}: " + ", ".join(shown + speed)
+
+
+def _is_shown(name: str) -> bool:
+    last = name.removeprefix("val_").rpartition("/")[2]
+    return last in ("loss", "contrastive", "codes", "tokens", "matching", "accuracy", "code_perplexity", "code_information_gain")
