@@ -160,7 +160,7 @@ def _checked(kind: str, key: str, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}.{key} must be a path or a list of paths, got {value!r}")
         return paths
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "int" and number and value == int(value) and value >= _AT_LEAST[key]:
+    if kind == "int" and number and float(value).is_integer() and value >= _AT_LEAST[key]:
         return int(value)
     if kind == "float" and number:
         return float(value)

@@ -35,7 +35,7 @@ class Row:
 def parse_json(raw: bytes) -> dict:
     """A line of JSON as a dict. Raises RowError with the reason."""
     try:
-        row = json.loads(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8").rstrip())
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start})") from None
     except json.JSONDecodeError as error:

@@ -21,29 +21,52 @@ _NEAREST, _ROTATED, _RANDOM, _WHICH = 0, 1, 2, 3
 _RANDOM_TRIES = 16
 
 
-def text_hash(text: str, tokens: list[int]) -> int:
-    """64 bits that agree for texts which differ in nothing but case, punctuation, spacing or unknown characters.
-
-    Args:
-        text: as the tokenizer reads its own tokens back, so that equal tokens give equal hashes.
-        tokens: used where nothing of the text is a letter or digit.
-    """
+def text_hash(text: str) -> int:
+    """64 bits that agree for texts which differ in nothing but case, punctuation or spacing."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     words = "".join(c if c.isalnum() or unicodedata.combining(c) else " " for c in plain).split()
-    content = " ".join(words) if words else f"tokens {tokens}"
-    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little")
+    return _hash64((" ".join(words) or plain).encode())
+
+
+def tokens_hash(tokens: list[int]) -> int:
+    """64 bits that agree for equal token sequences."""
+    return _hash64(np.array(tokens, "<u4").tobytes())
+
+
+def _hash64(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def equal_texts(text_hashes: np.ndarray, token_hashes: np.ndarray) -> np.ndarray:
+    """Classes of rows that count as having the same text: equal in either hash, directly or through others.
+
+    *Shape:* (n,) each; returns (n,) int32, equal where the texts count as the same.
+    """
+    by_text = np.unique(text_hashes, return_inverse=True)[1]
+    by_tokens = np.unique(token_hashes, return_inverse=True)[1]
+    label = by_text
+    while True:
+        before = label
+        for group in (by_tokens, by_text):
+            lowest = np.full(len(label), len(label))
+            np.minimum.at(lowest, group, label)
+            label = lowest[group]
+        if np.array_equal(label, before):
+            return label.astype(np.int32)
 
 
 def add_neighbourhood(builder: IndexBuilder) -> None:
-    """Adds the order of duration within each language to a pair index.
+    """Adds to a pair index what choosing negatives needs.
 
-    Arrays: `order` (n,) rows by (group, duration, row); `rank` (n,) its inverse; `group_offsets`: where each group
-    begins in `order`. A group is a language; one with fewer than two different texts joins the most varied group.
+    Arrays: `text_class` (n,), see `equal_texts`; `order` (n,) rows by (group, duration, row); `rank` (n,) its inverse;
+    `group_offsets`: where each group begins in `order`. A group is a language; a language with fewer than two
+    different texts joins the most varied one.
     """
-    length, lang, hashes = builder.column("length"), builder.column("lang"), builder.column("text_hash")
-    builder.meta["distinct_texts"] = len(np.unique(hashes))
+    length, lang = builder.column("length"), builder.column("lang")
+    texts = equal_texts(builder.column("text_hash"), builder.column("tokens_hash"))
+    builder.meta["distinct_texts"] = len(np.unique(texts))
     languages = np.unique(lang)
-    variety = [len(np.unique(hashes[lang == g])) for g in languages]
+    variety = [len(np.unique(texts[lang == g])) for g in languages]
     group = lang.copy()
     for g, distinct in zip(languages, variety, strict=True):
         if distinct < 2:
@@ -51,7 +74,8 @@ def add_neighbourhood(builder: IndexBuilder) -> None:
     order = np.lexsort((length, group)).astype(np.uint32)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order), dtype=np.uint32)
-    _, starts = np.unique(group[order], return_index=True)
+    starts = np.unique(group[order], return_index=True)[1]
+    builder.add_array("text_class", texts)
     builder.add_array("order", order)
     builder.add_array("rank", rank)
     builder.add_array("group_offsets", np.append(starts, len(order)).astype(np.int64))
@@ -98,7 +122,7 @@ class Negatives:
         reach = self._neighbours
         while True:
             candidates = self._index.order[max(low, rank - reach) : min(high, rank + reach + 1)]
-            other = candidates[self._index.text_hash[candidates] != self._index.text_hash[example]]
+            other = candidates[self._index.text_class[candidates] != self._index.text_class[example]]
             if len(other):
                 return int(other[word % len(other)])
             reach *= 4  # ends: every group has at least two different texts
@@ -108,7 +132,7 @@ class Negatives:
         for draw in range(_RANDOM_TRIES):
             word = self._word(example, epoch, _RANDOM + 2 + draw)
             other = word % len(self._index)
-            if self._index.text_hash[other] != self._index.text_hash[example]:
+            if self._index.text_class[other] != self._index.text_class[example]:
                 return other
         return self._nearest(example, word)
 

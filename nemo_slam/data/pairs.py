@@ -13,13 +13,13 @@ from nemo_slam.data.batch import PairBatch
 from nemo_slam.data.config import PairsConfig
 from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import RowError, expand_paths
-from nemo_slam.data.negatives import Negatives, add_neighbourhood, text_hash
+from nemo_slam.data.negatives import Negatives, add_neighbourhood, text_hash, tokens_hash
 from nemo_slam.data.sampling import PURPOSE_PAIRS
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
 
-TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4", "text_hash": "<u8", "lang": "<i4"}
+TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4", "text_hash": "<u8", "tokens_hash": "<u8", "lang": "<i4"}
 
 
 class PairStream(Stream):
@@ -118,7 +118,7 @@ def _scan(
     with TokenWriter(builder.folder, model.dtype) as writer:
         for chunk in scan_audio_rows(builder, manifests, config, True, members):
             encoded = model.encode([row.text for row, _ in chunk])
-            for (row, values), tokens, read_back in zip(chunk, encoded, model.decode(encoded), strict=True):
+            for (row, values), tokens in zip(chunk, encoded, strict=True):
                 try:
                     unknown += model.check(tokens)
                 except RowError as error:
@@ -128,7 +128,8 @@ def _scan(
                     builder.filtered[too_long] += 1
                     continue
                 language = languages.setdefault(row.lang, len(languages))
-                builder.add(*values, writer.append(tokens), len(tokens), text_hash(read_back, tokens), language)
+                hashes = text_hash(row.text), tokens_hash(tokens)
+                builder.add(*values, writer.append(tokens), len(tokens), *hashes, language)
     builder.arrays["tokens"] = (writer.dtype, writer.size)
     builder.meta |= {"languages": list(languages), "unknown_tokens": unknown}
     add_neighbourhood(builder)

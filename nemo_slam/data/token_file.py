@@ -52,10 +52,6 @@ class Tokenizer:
         """Token ids of each text, without begin and end tokens."""
         return self._model.encode(texts, out_type=int)
 
-    def decode(self, tokens: list[list[int]]) -> list[str]:
-        """The texts that the ids stand for; unknown tokens become a mark."""
-        return self._model.decode(tokens)
-
     def check(self, tokens: list[int]) -> int:
         """Number of unknown tokens. Raises RowError where nothing, or no more than half, is known."""
         if not tokens:

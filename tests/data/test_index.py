@@ -1,0 +1,185 @@
+"""Indexes: built once, found again, never trusted when they do not match their sources."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from nemo_slam.data import index as index_module
+from nemo_slam.data.bad_rows import BadRow, DataError
+from nemo_slam.data.index import open_index
+
+COLUMNS = {"length": "<i4", "line": "<i4"}
+
+
+def open_numbers(paths, cache_dir=None, log=None, settings=None):
+    """An index of files with a number a line; lines that are no numbers are bad, zeros are filtered."""
+
+    def scan(builder):
+        if log is not None:
+            with open(log, "a") as file:
+                file.write("scan\n")
+        for path in paths:
+            for number, text in enumerate(path.read_text().split(), 1):
+                if not text.isdigit():
+                    builder.add_bad(BadRow(str(path), number, f"{text} is no number"))
+                elif text == "0":
+                    builder.filtered["zeros"] += 1
+                else:
+                    builder.add(int(text), number)
+            builder.end_source()
+        builder.meta["note"] = "hello"
+
+    return open_index("numbers", paths, settings or {}, COLUMNS, scan, cache_dir and str(cache_dir))
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "corpus" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("3 1 4 x 1 5 0 9")
+    return path
+
+
+def test_content(source, tmp_path):
+    second = source.parent / "b.txt"
+    second.write_text("2 6")
+    index = open_numbers([source, second])
+    assert index.length.tolist() == [3, 1, 4, 1, 5, 9, 2, 6]
+    assert index.line.tolist() == [1, 2, 3, 5, 6, 8, 1, 2]
+    assert index.shard_offsets.tolist() == [0, 6, 8]  # a shard never crosses a file
+    assert index.shard_lengths.tolist() == [23, 8]
+    assert len(index) == 8
+    assert index.meta["filtered"] == {"zeros": 1}
+    assert index.meta["total_length"] == 31
+    assert index.meta["note"] == "hello"
+    assert index.bad_rows() == [BadRow(str(source), 4, "x is no number")]
+    again = pickle.loads(pickle.dumps(index))
+    np.testing.assert_array_equal(again.length, index.length)
+
+
+def test_shards_of_a_long_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "SHARD_ROWS", 4)
+    monkeypatch.setattr(index_module, "_FLUSH_ROWS", 8)
+    path = tmp_path / "a.txt"
+    path.write_text(" ".join(str(i + 1) for i in range(21)))
+    index = open_numbers([path])
+    assert index.length.tolist() == list(range(1, 22))
+    assert index.shard_offsets.tolist() == [0, 4, 8, 12, 16, 20, 21]
+    assert index.shard_lengths.tolist() == [10, 26, 42, 58, 74, 21]
+
+
+def test_built_once(source, tmp_path):
+    log = tmp_path / "log"
+    first = open_numbers([source], log=log)
+    second = open_numbers([source], log=log)
+    assert first.folder == second.folder
+    assert first.folder.parent == source.parent / ".nemo_slam_index"
+    assert log.read_text() == "scan\n"
+
+
+def test_other_settings_are_another_index(source, tmp_path):
+    log = tmp_path / "log"
+    folders = {open_numbers([source], log=log, settings={"max": m}).folder for m in (1, 2, 1)}
+    assert len(folders) == 2
+    assert log.read_text() == "scan\n" * 2
+
+
+@pytest.mark.parametrize("change", ["content", "length", "time"])
+def test_changed_source_is_noticed_and_said(source, caplog, change):
+    old = open_numbers([source])
+    before = source.stat()
+    source.write_text({"content": "9 1 4 x 1 5 0 9", "length": "3 1", "time": source.read_text()}[change])
+    # The same size and time with other bytes must be noticed as well as the same bytes at another time.
+    stamp = before.st_mtime_ns + (10**9 if change == "time" else 0)
+    os.utime(source, ns=(stamp, stamp))
+    new = open_numbers([source])
+    assert new.length.tolist() == [int(x) for x in source.read_text().split() if x.isdigit() and x != "0"]
+    assert new.folder != old.folder
+    assert "does not match its sources any more" in caplog.text
+    assert not old.folder.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "meta"])
+def test_damaged_index_is_built_anew(source, caplog, damage):
+    folder = open_numbers([source]).folder
+    if damage == "cut":
+        os.truncate(folder / "length.bin", 5)
+    elif damage == "lost":
+        (folder / "line.bin").unlink()
+    else:
+        (folder / "meta.json").write_text("{")
+    assert open_numbers([source]).length.tolist() == [3, 1, 4, 1, 5, 9]
+    assert "is damaged" in caplog.text
+    assert open_numbers([source]).folder.exists()
+
+
+def test_a_failed_or_killed_build_leaves_nothing_that_counts(source):
+    def scan(builder):
+        builder.add(1, 1)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        open_index("numbers", [source], {}, COLUMNS, scan)
+    cache = source.parent / ".nemo_slam_index"
+    assert not [p for p in cache.iterdir() if p.is_dir()]
+    index = open_numbers([source])
+    killed = cache / f"{index.folder.name.rsplit('-', 1)[0]}.building-xyz"
+    index.folder.rename(killed)  # what a kill before the rename leaves
+    assert len(open_numbers([source])) == 6
+    assert not killed.exists()
+
+
+def test_two_processes_build_once(source, tmp_path):
+    log = tmp_path / "log"
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=open_numbers, args=([source], None, log)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0] * 4
+    assert log.read_text() == "scan\n"
+
+
+def test_unwritable_folder_falls_back_to_the_users_cache_and_says_so(source, tmp_path, monkeypatch, caplog):
+    (source.parent / ".nemo_slam_index").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert open_numbers([source]).folder.parent == tmp_path / "user" / "nemo_slam"
+    assert "cannot write" in caplog.text
+
+
+def test_a_readable_index_is_used_where_nothing_can_be_written(source, tmp_path, monkeypatch):
+    folder = open_numbers([source]).folder
+    monkeypatch.setattr(index_module, "_why_not_writable", lambda folder: "Read-only file system")
+    assert open_numbers([source]).folder == folder
+    shutil.rmtree(folder)
+    with pytest.raises(DataError, match=r"no writable folder for the index: .*Read-only file system.*cache_dir"):
+        open_numbers([source])
+
+
+def test_unwritable_cache_dir_is_an_error(source, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file \(File exists\).*cache_dir"):
+        open_numbers([source], cache_dir=tmp_path / "file")
+    assert open_numbers([source], cache_dir=tmp_path / "new" / "cache").folder.parent == tmp_path / "new" / "cache"
+
+
+def test_missing_source_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read .*nowhere\.txt \(No such file or directory\)"):
+        open_numbers([tmp_path / "nowhere.txt"])
+
+
+def test_another_version_is_not_used(source, tmp_path):
+    log = tmp_path / "log"
+    folder = open_numbers([source], log=log).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "version": 0}))
+    open_numbers([source], log=log)
+    assert log.read_text() == "scan\n" * 2
