@@ -95,7 +95,7 @@ class AudioRows:
         if loaded:
             self._any_good = True
         elif len(ids) and not self._any_good:
-            self._probe()
+            self._probe(step)
         loaded.sort(key=lambda item: len(item[1]))
         lengths = torch.tensor([len(audio) for _, audio in loaded], dtype=torch.int64)
         audio = torch.zeros(len(loaded), int(lengths[-1]) if loaded else 0)
@@ -132,11 +132,11 @@ class AudioRows:
             raise AudioError(f"{name}: the tar file ends {size - len(blob)} bytes early")
         return load_audio(blob, offset=row.offset, duration=row.duration, name=name)
 
-    def _probe(self) -> None:
+    def _probe(self, step: int | None) -> None:
         """After a batch of nothing but bad rows before any good one: is there a good one at all?"""
         rows = len(self._stream.index)
         for example_id in np.unique(np.linspace(0, rows - 1, _PROBED).astype(np.int64)):
-            if self._load_one(example_id, None) is not None:
+            if self._load_one(example_id, step) is not None:
                 self._any_good = True
                 return
         tried = f"all {rows}" if rows <= _PROBED else f"{_PROBED} of {rows}, evenly spread,"

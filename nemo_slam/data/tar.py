@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,8 @@ from nemo_slam.data.manifest import RowError
 class TarMembers:
     """The members of NeMo's tar files, by the name under which manifests know them.
 
-    NeMo matches members by base name without extension, and rows that share one recording by a `-sub<n>` suffix; so
-    does this. Only headers are read.
+    A row finds its member by its whole name or, as in NeMo, by base name without extension; rows that share a
+    recording carry a `-sub<n>` suffix. Only headers are read.
 
     Args:
         paths: the tar files. A member that a truncated file does not hold completely is known, but unusable.
@@ -22,6 +23,7 @@ class TarMembers:
 
     def __init__(self, paths: Sequence[Path]):
         self._members: dict[str, tuple[int, int, int]] = {}
+        self._names: dict[str, list[str]] = {}  # base name without extension -> whole names
         self._broken: dict[str, Path] = {}
         self._damaged: list[str] = []
         for number, path in enumerate(paths):
@@ -34,15 +36,16 @@ class TarMembers:
                 for member in tar:
                     if not member.isfile():
                         continue
-                    key = _key(member.name)
-                    if key in self._members:
+                    name = member.name
+                    if name in self._members:
                         raise DataError(
                             f"{path} holds a second {member.name!r}: names must be unique over all tar files"
                         )
                     if member.offset_data + member.size > size:
-                        self._broken[key] = path
+                        self._broken[name] = path
                     else:
-                        self._members[key] = (number, member.offset_data, member.size)
+                        self._members[name] = (number, member.offset_data, member.size)
+                    self._names.setdefault(Path(name).stem, []).append(name)
         except tarfile.ReadError as error:
             self._damaged.append(f"{path}: {error}")
         except OSError as error:
@@ -50,15 +53,14 @@ class TarMembers:
 
     def find(self, audio_filepath: str) -> tuple[int, int, int]:
         """Number of the tar file, byte offset and size of a row's audio. Raises RowError where there is none."""
-        key = _key(audio_filepath)
-        for name in (key, key.rsplit("-sub", 1)[0]):
-            if name in self._members:
-                return self._members[name]
+        stem = Path(audio_filepath).stem
+        named = [audio_filepath] if audio_filepath in self._members else self._names.get(stem)
+        named = named or self._names.get(re.sub(r"-sub\d+$", "", stem), [])
+        if len(named) > 1:
+            raise RowError(f"{audio_filepath}: fits several members of the tar files: {', '.join(named[:3])}")
+        for name in named:
             if name in self._broken:
                 raise RowError(f"{audio_filepath}: cut off, {self._broken[name]} is truncated")
+            return self._members[name]
         damaged = f" (not read to the end: {'; '.join(self._damaged)})" if self._damaged else ""
         raise RowError(f"{audio_filepath}: in none of the tar files{damaged}")
-
-
-def _key(name: str) -> str:
-    return Path(name).stem

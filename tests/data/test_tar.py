@@ -1,0 +1,142 @@
+"""NeMo tarred audio, read by position."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from corpus_helpers import write_manifest, write_tone
+
+from nemo_slam.data.bad_rows import BadRows, DataError, EmptyStreamError
+from nemo_slam.data.config import PairsConfig, SpeechConfig
+from nemo_slam.data.pairs import PairStream
+from nemo_slam.data.speech import SpeechStream
+
+
+def write_tars(folder, shards: dict[int, list[str]], suffix: str = "") -> None:
+    for number, names in shards.items():
+        with tarfile.open(folder / f"audio_{number}.tar{suffix}", f"w:{suffix.strip('.')}") as tar:
+            for name in names:
+                tar.add(folder / name, arcname=name)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six utterances in three tar files; the level tells which is which."""
+    rows = []
+    for i in range(6):
+        write_tone(tmp_path / f"{i}.wav", 1.0 + i / 10, level=(i + 1) / 8)
+        rows.append(
+            {"audio_filepath": f"{i}.wav", "duration": 1.0 + i / 10, "shard_id": i // 2, "text": "bak" + "e" * i}
+        )
+    write_tars(tmp_path, {s: [f"{2 * s}.wav", f"{2 * s + 1}.wav"] for s in range(3)})
+    write_manifest(tmp_path / "m.json", rows)
+    return tmp_path
+
+
+def config(corpus, cls=SpeechConfig, **options):
+    return cls(
+        [str(corpus / "m.json")], 2000, tarred_audio_filepaths=[str(corpus / "audio__OP_0..2_CL_.tar")], **options
+    )
+
+
+def test_members_are_what_the_files_are(corpus, tokenizer):
+    plain = SpeechStream(SpeechConfig([str(corpus / "m.json")], 2000), seed=0)
+    tarred = SpeechStream(config(corpus), seed=0)
+    pairs = PairStream(config(corpus, PairsConfig), tokenizer, seed=0)
+    expected = plain.batch(0)
+    assert len(expected) > 6
+    for i in range(6):
+        (corpus / f"{i}.wav").unlink()
+    assert torch.equal(tarred.batch(0).audio, expected.audio)
+    assert torch.equal(tarred.batch(0).ids, expected.ids)
+    ids, epochs = np.arange(6), np.zeros(6, np.int64)
+    assert (pairs.load(ids, epochs).audio[:, 0] == (torch.arange(6) + 1) / 8).all()
+
+
+def test_rows_that_share_a_recording(corpus):
+    """NeMo names further rows of one recording <name>-sub<n>, and keeps their offsets."""
+    write_manifest(
+        corpus / "m.json",
+        [
+            {"audio_filepath": "5.wav", "duration": 0.5, "offset": 0.0},
+            {"audio_filepath": "5-sub1.wav", "duration": 0.7, "offset": 0.5},
+        ],
+    )
+    batch = SpeechStream(config(corpus), seed=0).load(np.arange(2), np.zeros(2, np.int64))
+    assert batch.audio_lengths.tolist() == [8000, 11_200]
+    assert (batch.audio[1] == 6 / 8).all()
+
+
+def test_a_row_without_its_member(corpus):
+    with open(corpus / "m.json", "a") as file:
+        file.write(json.dumps({"audio_filepath": "lost.wav", "duration": 1.0}) + "\n")
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    assert len(SpeechStream(config(corpus), seed=0, bad_rows=rows).index) == 6
+    assert "lost.wav: in none of the tar files" in (corpus / "bad_rows.jsonl").read_text()
+
+
+def test_missing_shard(corpus):
+    (corpus / "audio_1.tar").unlink()
+    with pytest.raises(DataError, match=r"cannot read .*audio_1\.tar \(No such file"):
+        SpeechStream(config(corpus), seed=0)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 40_000])
+def test_truncated_shard(corpus, keep):
+    """Members that are whole stay; the others are bad rows that name the file."""
+    whole = (corpus / "audio_1.tar").read_bytes()
+    (corpus / "audio_1.tar").write_bytes(whole[:keep])
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    stream = SpeechStream(config(corpus), seed=0, bad_rows=rows)
+    lines = [json.loads(line) for line in rows.path.read_text().splitlines()]
+    assert [r["line"] for r in lines] == [3, 4]
+    assert all("audio_1.tar" in r["reason"] for r in lines)
+    assert len(stream.batch(0)) > 0
+
+
+def test_a_shard_truncated_after_the_index_was_built(corpus):
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    stream = SpeechStream(config(corpus), seed=0, bad_rows=rows)
+    whole = (corpus / "audio_2.tar").read_bytes()
+    (corpus / "audio_2.tar").write_bytes(whole[:30_000])
+    batch = stream.load(np.arange(6), np.zeros(6, np.int64))
+    assert batch.ids.tolist() == [0, 1, 2, 3]
+    assert "audio_2.tar:4.wav: the tar file ends" in rows.path.read_text()
+
+
+def test_a_compressed_shard_is_refused_with_a_reason(corpus):
+    write_tars(corpus, {0: ["0.wav"]}, ".gz")
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    with pytest.raises(EmptyStreamError, match="'speech' is empty"):
+        SpeechStream(
+            SpeechConfig([str(corpus / "m.json")], 10, tarred_audio_filepaths=[str(corpus / "audio_0.tar.gz")]),
+            seed=0,
+            bad_rows=rows,
+        )
+    assert "audio_0.tar.gz: " in rows.path.read_text()
+
+
+def test_folders_inside_a_tar(corpus):
+    """The whole name decides; a base name must fit one member only."""
+    with tarfile.open(corpus / "audio_0.tar", "w:") as tar:
+        tar.add(corpus / "0.wav", arcname="one/x.wav")
+        tar.add(corpus / "1.wav", arcname="two/x.wav")
+        tar.add(corpus / "2.wav", arcname="two/y.wav")
+    names = ["two/x.wav", "y.flac", "x.wav"]
+    write_manifest(corpus / "m.json", [{"audio_filepath": n, "duration": 1.0} for n in names])
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    tars = [str(corpus / "audio_0.tar")]
+    stream = SpeechStream(SpeechConfig([str(corpus / "m.json")], 9, tarred_audio_filepaths=tars), seed=0, bad_rows=rows)
+    batch = stream.load(np.arange(2), np.zeros(2, np.int64))
+    assert batch.audio[:, 0].tolist() == [2 / 8, 3 / 8]
+    assert "x.wav: fits several members of the tar files: one/x.wav, two/x.wav" in rows.path.read_text()
+
+
+def test_one_name_in_two_shards(corpus):
+    write_tars(corpus, {2: ["4.wav", "0.wav"]})
+    with pytest.raises(DataError, match=r"audio_2\.tar holds a second '0\.wav'"):
+        SpeechStream(config(corpus), seed=0)
