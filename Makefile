@@ -1,0 +1,106 @@
+# Every command of the README. `make help` lists them.
+#
+#   make pretrain ARGS="trainer.max_steps=50"      overrides for the script, as KEY=VALUE
+#   make pretrain EXP_DIR=/data/runs MODEL=base    another place for run folders, another model size
+#   make setup PYTHON=python3.12                   another interpreter for .venv
+#   make setup TORCH_INDEX_URL=URL                 torch from another index, for instance CPU builds only
+#   make test READY_PYTHON=python3                 an environment that is set up already, as in a container: no .venv
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules
+
+VENV ?= .venv
+PYTHON ?=
+TORCH_INDEX_URL ?=
+CONSTRAINTS ?= constraints.txt
+READY_PYTHON ?=
+EXP_DIR ?= runs
+MODEL ?= tiny
+ARGS ?=
+PYTEST_ARGS ?=
+
+# Tried in this order; the first that is 3.10 or newer and can make virtual environments. 3.11 is what the tests run on.
+CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3 python3.10)
+RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $(CONSTRAINTS)
+STAMP := $(VENV)/.nemo_slam
+
+.PHONY: help setup data pretrain demo test lint format clean distclean
+
+help:  ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+ifdef READY_PYTHON
+setup:
+	@$(RUN) -c "import nemo_slam, slam_kernels, torch; print('using', '$(READY_PYTHON)', 'with torch', torch.__version__)"
+else
+setup: $(STAMP)  ## make .venv with torch, NeMo and this project (a few minutes the first time)
+endif
+
+# A recipe of its own, so that an interrupted installation keeps what it has.
+$(VENV)/bin/python:
+	@for python in $(CANDIDATES); do \
+	  if "$$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "error: none of these is Python 3.10 or newer with the venv module: $(CANDIDATES)" >&2; \
+	  for python in $(CANDIDATES); do \
+	    version=$$("$$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || continue; \
+	    if "$$python" -c 'import venv, ensurepip' 2>/dev/null; then echo "  $$python is $$version: too old" >&2; \
+	    else echo "  $$python is $$version and has no venv: apt-get install python3-venv" >&2; fi; \
+	  done; \
+	  echo "Name another one with: make setup PYTHON=/path/to/python3" >&2; \
+	  exit 1; \
+	fi; \
+	echo "setup: $$("$$found" --version) in $(VENV)"; \
+	"$$found" -m venv "$(VENV)"
+
+# torch first and alone, so that nothing else chooses its build; the last lines make sure that nothing did.
+$(STAMP): pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
+	@started=$$SECONDS; \
+	version='import importlib.metadata as m; print(m.version("torch"))'; \
+	echo "setup: torch"; \
+	$(INSTALL) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch; \
+	before=$$($(VENV)/bin/python -c "$$version"); \
+	if [ "$$(uname -s)" = Linux ]; then $(INSTALL) --no-deps triton; fi; \
+	echo "setup: torch $$before; now NeMo and nemo_slam"; \
+	$(INSTALL) --editable '.[dev]'; \
+	after=$$($(VENV)/bin/python -c "$$version"); \
+	if [ "$$before" != "$$after" ]; then \
+	  echo "error: installing nemo_slam replaced torch $$before by $$after; see $(CONSTRAINTS)" >&2; exit 1; \
+	fi; \
+	echo "setup: ready after $$((SECONDS - started)) s"; \
+	touch $@
+
+data: setup  ## prepare the demonstration corpus: human-read prompts and public-domain text
+	@$(RUN) scripts/prepare_data.py prompts
+
+pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; again: resume
+	@$(RUN) scripts/speech_pretrain.py --config-name slam_stage1 model=$(MODEL) name=slam_stage1_$(MODEL) \
+	  exp_manager.exp_dir="$(EXP_DIR)" $(ARGS)
+	@echo "run folder: $(EXP_DIR)/slam_stage1_$(MODEL)"
+
+demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, a stock NeMo model, transcripts
+	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)" $(ARGS)
+
+test: setup  ## all tests
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: setup  ## apply ruff's formatting and its safe fixes
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:  ## remove caches and build outputs; data/, runs/ and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find nemo_slam kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf "$(VENV)"
