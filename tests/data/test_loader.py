@@ -144,7 +144,7 @@ def test_errors_of_workers_arrive_with_their_message(half_missing, tmp_path):
     (tmp_path / "good.wav").unlink()
     streams = build_streams(config, seed=0, bad_rows=BadRows(tmp_path / "bad_rows.jsonl"), split="validation")
     with pytest.raises(EmptyStreamError, match=r"'validation\.speech': every row tried is bad"):
-        list(step_loader(StepDataset(streams), 0, 10, num_workers=1))
+        list(step_loader(StepDataset(streams), 0, 10))
 
 
 def test_a_tokenizer_is_asked_for(shared_corpus):
