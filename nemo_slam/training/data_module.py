@@ -12,7 +12,7 @@ from nemo_slam.data.loader import StepDataset, ValidationDataset, step_loader, v
 from nemo_slam.data.stream import Stream
 
 
-class _WithoutLength:
+class WithoutLength:
     """Hides a loader's length: Lightning would count the batches before a resume against it and end the epoch early."""
 
     def __init__(self, loader: DataLoader):
@@ -36,12 +36,12 @@ class SLAMDataModule(LightningDataModule):
         self.train, self.validation = train, validation
         self.options = {"num_workers": num_workers, "pin_memory": pin_memory}
 
-    def train_dataloader(self) -> _WithoutLength:
+    def train_dataloader(self) -> WithoutLength:
         assert self.trainer is not None
         accumulate = self.trainer.accumulate_grad_batches
         dataset = StepDataset(self.train, self.trainer.global_rank, self.trainer.world_size, accumulate)
         start, end = self.trainer.global_step * accumulate, self.trainer.max_steps * accumulate
-        return _WithoutLength(step_loader(dataset, start, end, **self.options))
+        return WithoutLength(step_loader(dataset, start, end, **self.options))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         assert self.trainer is not None

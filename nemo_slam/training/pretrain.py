@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from nemo.utils import logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
@@ -46,12 +46,13 @@ def prepare_data(data: DictConfig, vocab_size: int) -> None:
     ensure_tokenizer(data.root, vocab_size)
 
 
-def make_trainer(cfg: DictConfig, run_folder: Path) -> Trainer:
+def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others: Callback) -> Trainer:
     """Lightning's trainer and NeMo's experiment manager (loggers only: the run folder and the checkpoints are ours)."""
     callbacks = [
         # Metrics before checkpoints: a checkpoint at step k then implies that row k is written.
-        RunMetrics(run_folder, cfg.trainer.log_every_n_steps),
+        metrics,
         StepCheckpoint(run_folder / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_last),
+        *others,
     ]
     trainer = Trainer(
         **OmegaConf.to_container(cfg.trainer, resolve=True),
@@ -133,7 +134,7 @@ def pretrain(cfg: DictConfig) -> Path:
     seed_everything(cfg.seed, verbose=False)
     run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
     run_folder.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(cfg, run_folder)
+    trainer = make_trainer(cfg, run_folder, RunMetrics(run_folder, cfg.trainer.log_every_n_steps))
     _say_demonstration(cfg, trainer)
     prepare_data(cfg.data, cfg.model.text_encoder.vocab_size)
     model = SLAMPretrainingModel(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)), trainer)
