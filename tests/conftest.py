@@ -1,0 +1,102 @@
+"""Shared by all tests. A small pre-training model and batches of noise; NeMo is imported only where a test asks for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# ModelPT and the experiment manager look at these; nothing in the tests may reach out.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+WORDS = ["one", "two", "three", "press", "star", "the", "number", "of", "call", "please", "hold", "line", "conference"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 32 pieces."""
+    import sentencepiece
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    rng = np.random.default_rng(0)
+    lines = [" ".join(rng.choice(WORDS, size=rng.integers(2, 9))) for _ in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=32, minloglevel=2
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture
+def model_config(tokenizer_model: Path):
+    """A function that gives the ``model`` node of a very small network; keywords replace top-level keys."""
+
+    def build(**changes: Any):
+        from omegaconf import OmegaConf
+
+        node = {
+            "seed": 3,
+            "preprocessor": {
+                "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+                "sample_rate": 16000,
+                "normalize": "per_feature",
+                "window_size": 0.025,
+                "window_stride": 0.01,
+                "features": 80,
+                "dither": 0.0,
+                "pad_to": 0,
+            },
+            "tokenizer": {"model_path": str(tokenizer_model)},
+            "conformer": {"d_model": 32, "d_ff": 64, "n_heads": 2, "conv_norm_groups": 4, "dropout": 0.0},
+            "speech_encoder": {"num_layers": 1, "conv_channels": 4},
+            "text_encoder": {"vocab_size": 48, "dropout": 0.0},
+            "multimodal_encoder": {"num_layers": 1},
+            "quantizer": {"num_codes": 16, "code_dim": 24, "logit_init_std": 0.5},
+            "speech_loss": {"num_distractors": 7},
+            "pad_multiple": 8,
+            "objectives": {"masked_speech": {}, "masked_text": {}, "translation_lm": {}, "matching": {}},
+        }
+        return OmegaConf.create({**node, **changes})
+
+    return build
+
+
+@pytest.fixture
+def make_batch():
+    """A function (speech seconds, text lengths, (pair seconds, tokens, negative tokens)) -> StepBatch of noise."""
+    from nemo_slam.data.batch import PairBatch, SpeechBatch, StepBatch, TextBatch
+
+    def audio(seconds, generator):
+        lengths = torch.tensor([int(16000 * s) for s in seconds], dtype=torch.int64)
+        waves = torch.randn(len(seconds), int(lengths.max()) if len(seconds) else 0, generator=generator) * 0.1
+        mask = torch.arange(waves.shape[1]) < lengths[:, None]
+        return waves * mask, lengths
+
+    def tokens(lengths, generator):
+        return torch.randint(0, 48, (sum(lengths),), generator=generator), torch.tensor(lengths, dtype=torch.int64)
+
+    def build(speech=(0.6, 1.0, 1.7), text=(9, 14, 30), pairs=((0.8, 5, 7), (1.4, 12, 10)), seed=0):
+        g = torch.Generator().manual_seed(seed)
+
+        def identity(count):
+            return {"ids": torch.arange(count) + 100, "epochs": torch.zeros(count, dtype=torch.int64)}
+
+        waves, wave_lengths = audio(speech, g)
+        ids, text_lengths = tokens(list(text), g)
+        pair_waves, pair_lengths = audio([p[0] for p in pairs], g)
+        own, own_lengths = tokens([p[1] for p in pairs], g)
+        other, other_lengths = tokens([p[2] for p in pairs], g)
+        return StepBatch(
+            step=0,
+            speech=SpeechBatch(waves, wave_lengths, **identity(len(speech))),
+            text=TextBatch(ids, text_lengths, **identity(len(text))),
+            pairs=PairBatch(pair_waves, pair_lengths, own, own_lengths, other, other_lengths, **identity(len(pairs))),
+        )
+
+    return build

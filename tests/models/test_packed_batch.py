@@ -1,0 +1,179 @@
+"""The packed batch gives each utterance, text and pair what it gets alone: outputs, losses, gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_slam.data.batch import PairBatch, SpeechBatch, StepBatch, TextBatch
+from nemo_slam.models.pretraining import SLAMPretrainingModel
+
+
+@pytest.fixture
+def model(model_config):
+    torch.manual_seed(0)
+    model = SLAMPretrainingModel(model_config()).double().train()
+    with torch.no_grad():  # leave no zero that would hide a path: biases, the modality table
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.features = lambda batch: exact_features(batch)  # NeMo's mel is float32 inside, whatever its input
+    return model
+
+
+def exact_features(batch):
+    """80 fixed projections of each 10 ms in float64, so that 1e-9 can be asked of all that follows."""
+    projection = torch.randn(160, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) / 4
+    frames = [p.audio_lengths // 160 for p in (batch.speech, batch.pairs) if p is not None]
+    waves = [p.audio.double() for p in (batch.speech, batch.pairs) if p is not None]
+    width = max((wave.shape[1] // 160 for wave in waves), default=0)
+    mels = [torch.nn.functional.pad(w, (0, width * 160 + 160)).unfold(1, 160, 160)[:, :width] @ projection for w in waves]
+    return torch.cat(mels).transpose(1, 2), torch.cat(frames).numpy()
+
+
+def test_mel_of_an_utterance_does_not_depend_on_its_neighbours(model_config, make_batch):
+    model = SLAMPretrainingModel(model_config())
+    batch = make_batch()
+    together, frames = model.features(batch)
+    for i in range(3):
+        alone, length = model.features(one_of(batch, "speech", i))
+        assert length.tolist() == [frames[i]]
+        torch.testing.assert_close(together[i, :, : frames[i]], alone[0, :, : frames[i]], rtol=0, atol=1e-4)
+
+
+def one_of(batch: StepBatch, stream: str, i: int) -> StepBatch:
+    """The batch with a single example of one stream, and no example of the others."""
+
+    def audio(part, keep):
+        lengths = part.audio_lengths[keep]
+        return part.audio[keep, : int(lengths.max()) if len(lengths) else 0], lengths
+
+    def text(tokens, lengths, keep):
+        pieces = tokens.split(lengths.tolist())
+        return torch.cat([tokens[:0], *(pieces[j] for j in keep)]), lengths[keep]
+
+    def keep(name, part):
+        return [i] if name == stream else []
+
+    s, t, p = (keep(name, None) for name in ("speech", "text", "pairs"))
+    return StepBatch(
+        step=batch.step,
+        speech=SpeechBatch(*audio(batch.speech, s), batch.speech.ids[s], batch.speech.epochs[s]),
+        text=TextBatch(*text(batch.text.tokens, batch.text.lengths, t), batch.text.ids[t], batch.text.epochs[t]),
+        pairs=PairBatch(
+            *audio(batch.pairs, p),
+            *text(batch.pairs.tokens, batch.pairs.lengths, p),
+            *text(batch.pairs.negative_tokens, batch.pairs.negative_lengths, p),
+            batch.pairs.ids[p],
+            batch.pairs.epochs[p],
+        ),
+    )
+
+
+def outputs_of(model, batch):
+    """{(kind, segment): rows of all its sequences in batch order}."""
+    out = model(batch)
+    rows = {}
+    for name, request in out.multimodal.items():
+        for segment in request.segments():
+            rows[name, segment] = out.hidden[torch.as_tensor(out.rows(name, segment))]
+    return rows, out
+
+
+def test_every_sequence_gets_what_it_gets_alone(model, make_batch):
+    """Forward and gradients to 1e-9: the sum of each example's own loss, in one batch and one by one."""
+    batch = make_batch()
+    weight = torch.randn(32, dtype=torch.float64)
+
+    together, _ = outputs_of(model, batch)
+    sum((rows @ weight).square().sum() for rows in together.values()).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+
+    alone = {key: [] for key in together}
+    for stream, count in (("speech", 3), ("text", 3), ("pairs", 2)):
+        for i in range(count):
+            rows, _ = outputs_of(model, one_of(batch, stream, i))
+            sum((value @ weight).square().sum() for value in rows.values()).backward()
+            for key, value in rows.items():
+                alone[key].append(value)
+    for key, rows in together.items():
+        torch.testing.assert_close(rows, torch.cat(alone[key]), rtol=0, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
+    assert gradients.keys() == {n for n, p in model.named_parameters() if p.grad is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = max(gradients[name].abs().max().item(), 1.0)
+            torch.testing.assert_close(
+                gradients[name] / scale, parameter.grad / scale, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+def test_losses_of_a_batch_are_the_sums_of_its_examples(model, make_batch):
+    batch = make_batch()
+    _, together, _ = model.losses(batch)
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
+    for stream, count in (("speech", 3), ("text", 3), ("pairs", 2)):
+        for i in range(count):
+            _, result, _ = model.losses(one_of(batch, stream, i))
+            for loss in result.losses:
+                sums[loss.name] = sums.get(loss.name, 0) + loss.total.detach()
+                counts[loss.name] = counts.get(loss.name, 0) + loss.count
+    for loss in together.losses:
+        if not loss.name.endswith("diversity"):  # a property of the batch, not of an example
+            torch.testing.assert_close(loss.total, sums[loss.name], rtol=0, atol=1e-8)
+            assert loss.count == counts[loss.name]
+            assert loss.count > 0, loss.name
+
+
+def test_noise_in_the_padding_changes_nothing(model, make_batch):
+    batch = make_batch()
+    _, first, _ = model.losses(batch)
+    for part in (batch.speech, batch.pairs):
+        padding = torch.arange(part.audio.shape[1]) >= part.audio_lengths[:, None]
+        part.audio[padding] = 7.0
+    _, second, _ = model.losses(batch)
+    for a, b in zip(first.losses, second.losses, strict=True):
+        torch.testing.assert_close(a.total, b.total, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("empty", ["speech", "text", "pairs", "all"])
+def test_an_empty_stream_leaves_no_parameter_without_gradient(model, make_batch, empty):
+    arguments = {"speech": (), "text": (), "pairs": ()} if empty == "all" else {empty: ()}
+    total, result, _ = model.losses(make_batch(**arguments))
+    total.backward()
+    assert torch.isfinite(total)
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    for loss in result.losses:
+        if loss.count == 0:
+            assert loss.total == 0
+
+
+@pytest.mark.parametrize(
+    "objectives",
+    [
+        {"masked_speech": {}, "masked_text": {}},
+        {"masked_speech": {}},
+        {"masked_speech": {}, "masked_text": {}, "translation_lm": {}, "matching": {"input": "masked"}},
+    ],
+    ids=["stage1", "speech only", "masked matching"],
+)
+def test_no_unused_parameter_in_any_stage(model_config, make_batch, objectives):
+    model = SLAMPretrainingModel(model_config(objectives=objectives)).train()
+    batch = make_batch()
+    batch = StepBatch(0, **{s: getattr(batch, s) if s in model.streams else None for s in ("speech", "text", "pairs")})
+    total, _, _ = model.losses(batch)
+    total.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_masking_rates_and_places(model, make_batch):
+    """About half of a long utterance is masked, and only rows of the inputs that ask for it."""
+    out = model(make_batch(speech=[9.0] * 8))
+    for name in ("masked_speech", "translation_lm"):
+        rows = out.packed_speech.rows_of(name, 0)
+        index = out.masked_speech[name].index.numpy()
+        assert np.isin(index, rows).all()
+        assert len(index) > 0
+    rate = len(out.masked_speech["masked_speech"].index) / out.packed_speech.lengths["masked_speech"].sum()
+    assert 0.35 < rate < 0.6
+    unmasked = out.packed_speech.rows_of("matching", 0)
+    assert not np.isin(unmasked, torch.cat([m.index for m in out.masked_speech.values()]).numpy()).any()
