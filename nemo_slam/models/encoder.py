@@ -10,7 +10,6 @@ import torch
 from nemo.core.classes import NeuralModule, typecheck
 from nemo.core.neural_types import AcousticEncodedRepresentation, LengthsType, NeuralType, SpectrogramType
 from omegaconf import OmegaConf
-from slam_kernels import backend as kernel_backend
 from torch import Tensor
 
 from nemo_slam.config import parse
@@ -18,24 +17,28 @@ from nemo_slam.models.settings import EncoderSettings
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.packing import Segments, gather_rows, pack
+from slam_kernels import backend as kernel_backend
 
 
 class SLAMEncoder(NeuralModule):
     """Speech encoder and multimodal encoder of SLAM, as the ``encoder`` of stock NeMo CTC, RNN-T and attention models.
 
-    Parameter names are those of :class:`~nemo_slam.models.pretraining.SLAMPretrainingModel`, so that its weights load as they
-    are. Keys of the config node: ``nemo_slam.models.settings.EncoderSettings``.
+    Parameter names are those of ``nemo_slam.models.pretraining.SLAMPretrainingModel``, so that its weights load as
+    they are. Keys of the config node: ``nemo_slam.models.settings.EncoderSettings``.
     """
 
     def __init__(self, **node: Any):
         super().__init__()
-        node = {key: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for key, v in node.items()}
+        node = {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in node.items()}
         settings = parse(EncoderSettings, node, "encoder")
         kernels = kernel_backend.resolve(settings.conformer.kernels, "cuda" if torch.cuda.is_available() else "cpu")
         self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer, kernels)
         self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer, kernels)
-        # The CLS vector belongs to pairs: no gradient here, so that DDP finds no unused parameter.
-        self.multimodal_encoder.cls.requires_grad_(False)
+        # The CLS vector belongs to pairs. As a buffer it keeps its name and value, and is no parameter that DDP would
+        # miss a gradient for, nor one that NeMo's unfreeze() could switch on.
+        cls = self.multimodal_encoder.cls.detach().clone()
+        del self.multimodal_encoder.cls
+        self.multimodal_encoder.register_buffer("cls", cls)
         self.pad_multiple = settings.pad_multiple
         self.d_model = settings.conformer.d_model
         self._feat_in = settings.speech_encoder.feat_in
@@ -57,12 +60,13 @@ class SLAMEncoder(NeuralModule):
 
     @typecheck()
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-        """*Shape:* log-mel (B, F, T) and frames (B,) -> (B, D, T'), padding zero, and its lengths (B,), T' = ceil(T / 4)."""
+        """*Shape:* log-mel (B, F, T), frames (B,) -> (B, D, T'), padding zero, and lengths (B,); T' = ceil(T / 4)."""
         frames = np.minimum(length.cpu().numpy(), audio_signal.shape[-1])
         rows = self.speech_encoder.subsample(audio_signal, frames)
         lengths = subsampled_lengths(frames)
         starts = np.cumsum(lengths) - lengths
-        packed = pack({"speech": Segments(starts[:, None], lengths[:, None])}, len(rows), rows.device, self.pad_multiple)
+        segments = {"speech": Segments(starts[:, None], lengths[:, None])}
+        packed = pack(segments, len(rows), rows.device, self.pad_multiple)
         _, projected = self.speech_encoder(gather_rows(rows, packed.gather), packed.layout)
         hidden = self.multimodal_encoder.embed_speech(projected, packed.layout.positions)
         hidden = self.multimodal_encoder(hidden, packed.layout)

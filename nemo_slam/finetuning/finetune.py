@@ -1,0 +1,201 @@
+"""From a config to a fine-tuned stock model; ``scripts/speech_finetune.py`` calls :func:`finetune`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
+from nemo.core.classes import ModelPT
+from nemo.utils import logging
+from nemo.utils.model_utils import import_class_by_path
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_slam.data.bad_rows import BadRows
+from nemo_slam.data.manifest import expand_paths
+from nemo_slam.data.tokenizer import train_tokenizer
+from nemo_slam.finetuning.loader import FineTuningData
+from nemo_slam.finetuning.metrics import FineTuneMetrics
+from nemo_slam.finetuning.pretrained import Pretrained, encoder_node, initialise_encoder, read_pretrained
+from nemo_slam.finetuning.schedule import FreezeEncoder
+from nemo_slam.finetuning.transcripts import TranscriptStream
+from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR
+from nemo_slam.training.checkpoints import finished_checkpoints
+from nemo_slam.training.pretrain import make_trainer, save_nemo
+
+MINIMUM_INITIALISED = 0.95
+"""Share of the encoder's parameters that ``init_from`` must fill."""
+
+
+def prepare_corpus(data: DictConfig) -> None:
+    """Prepare the corpus on first use, where the config names a recipe.
+
+    Raises:
+        FileNotFoundError: a manifest does not exist.
+    """
+    if data.prepare is not None:
+        from nemo_slam.data.corpora import prepare
+
+        prepare(data.prepare, data.root)
+    for split in ("train_ds", "validation_ds"):
+        for path in _manifests(data, split):
+            if not path.is_file():
+                there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+                known = f"; in {path.parent} there are {', '.join(there)}" if there else ""
+                raise FileNotFoundError(
+                    f"data.{split}.manifest_filepath: {path} does not exist{known}. Name another manifest, or the "
+                    "language (data.language) of one that is there"
+                )
+
+
+def _manifests(data: DictConfig, split: str) -> list[Path]:
+    node = data.get(split)
+    if node is None:
+        return []
+    paths = node.manifest_filepath
+    return expand_paths([paths] if isinstance(paths, str) else list(paths))
+
+
+def tokenizer_dir(cfg: DictConfig, run_folder: Path) -> Path:
+    """The folder of ``model.tokenizer.dir``, or one in the run folder, trained on the training manifest's targets.
+
+    Raises:
+        FileNotFoundError: the named folder holds no tokenizer.
+    """
+    if cfg.model.tokenizer.dir is not None:
+        folder = Path(cfg.model.tokenizer.dir)
+        if not (folder / "tokenizer.model").is_file():
+            raise FileNotFoundError(
+                f"model.tokenizer.dir: {folder} holds no tokenizer.model; train one with scripts/train_tokenizer.py, "
+                "or set model.tokenizer.dir=null to train one on the training manifest"
+            )
+        return folder
+    folder = run_folder / "tokenizer"
+    if not (folder / "tokenizer.model").is_file():
+        manifests = _manifests(cfg.data, "train_ds")
+        train_tokenizer(manifests, folder, cfg.tokenizer.vocab_size, allow_smaller=True)
+    return folder
+
+
+def model_node(cfg: DictConfig, pretrained: Pretrained | None, tokenizer: Path) -> DictConfig:
+    """The stock model's own config: nothing in it that NeMo does not read."""
+    node = OmegaConf.to_container(cfg.model, resolve=True)
+    assert isinstance(node, dict)
+    node["encoder"] = encoder_node(node["encoder"], pretrained)
+    if pretrained is not None:
+        node["preprocessor"] = dict(pretrained.preprocessor)
+    node["tokenizer"] = {**node["tokenizer"], "dir": str(tokenizer)}
+    node["train_ds"] = None
+    node["validation_ds"] = None
+    return OmegaConf.create(node)
+
+
+def stock_datasets(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The data in NeMo's own keys: ``transcribe()`` reads some of them, NeMo's scripts begin from them."""
+    nodes = {}
+    for split in ("train_ds", "validation_ds"):
+        manifests = [str(path) for path in _manifests(cfg.data, split)]
+        nodes[split] = {
+            "manifest_filepath": manifests[0] if len(manifests) == 1 else manifests or None,
+            "sample_rate": cfg.model.sample_rate,
+            "batch_size": 8,
+            "shuffle": split == "train_ds",
+            "num_workers": 0,
+            "pin_memory": True,
+            "use_start_end_token": False,
+        }
+    return nodes
+
+
+def start_up_table(
+    trainer: Trainer, model: ModelPT, cfg: DictConfig, streams: dict[str, TranscriptStream | None]
+) -> str:
+    """What this run is, in one look."""
+    encoder = sum(p.numel() for p in model.encoder.parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    groups, lr = cfg.model.optim_param_groups, cfg.model.optim.lr
+    rows = [
+        ("model", type(model).__name__),
+        ("device", f"{trainer.strategy.root_device}; {trainer.world_size} process(es)"),
+        ("precision", str(trainer.precision)),
+        ("parameters", f"{everything / 1e6:.2f} M, {encoder / 1e6:.2f} M of them in the encoder"),
+        ("tokenizer", f"{model.tokenizer.vocab_size} pieces, {cfg.model.tokenizer.dir}"),
+        ("learning rates", f"encoder {groups.encoder.lr:g} from step {cfg.freeze_encoder_steps}, the rest {lr:g}"),
+        ("steps", f"{trainer.max_steps}, {trainer.accumulate_grad_batches} micro-batch(es) each"),
+        *((f"{name} data", stream.summary()) for name, stream in streams.items() if stream is not None),
+    ]
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(["run:", *(f"  {title:<{width}}  {text}" for title, text in rows)])
+
+
+def _callbacks(cfg: DictConfig) -> list[Callback]:
+    callbacks: list[Callback] = [FreezeEncoder(cfg.freeze_encoder_steps)]
+    if cfg.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping("val_wer", patience=cfg.early_stopping_patience, verbose=True))
+    return callbacks
+
+
+def finetune(cfg: DictConfig) -> Path:
+    """Run (or resume) fine-tuning and return the run folder; it ends with ``name.nemo``, a stock model."""
+    started = time.perf_counter()
+    seed_everything(cfg.seed, verbose=False)
+    run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
+    run_folder.mkdir(parents=True, exist_ok=True)
+    pretrained = None if cfg.init_from is None else read_pretrained(cfg.init_from)
+    prepare_corpus(cfg.data)
+    metrics = FineTuneMetrics(run_folder, cfg.trainer.log_every_n_steps)
+    trainer = make_trainer(cfg, run_folder, metrics, *_callbacks(cfg))
+    tokenizer = tokenizer_dir(cfg, run_folder)
+    node = model_node(cfg, pretrained, tokenizer)
+    model = import_class_by_path(node.target)(cfg=node, trainer=trainer)
+
+    bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
+    streams = {split: _stream(cfg, split, tokenizer, bad_rows) for split in ("train", "validation")}
+    pin = trainer.strategy.root_device.type == "cuda"
+    data = FineTuningData(streams["train"], streams["validation"], cfg.data.num_workers, pin)
+
+    checkpoints = finished_checkpoints(run_folder / "checkpoints")
+    resume = checkpoints[-1] if checkpoints else None
+    if resume is not None:
+        logging.info(f"resuming from step {resume[0]} ({resume[1]})")
+    elif pretrained is not None:
+        logging.info(f"encoder of {pretrained.path}: {pretrained.describe()}")
+        logging.info(str(initialise_encoder(model.encoder, pretrained, MINIMUM_INITIALISED)))
+    for split, stock in stock_datasets(cfg).items():
+        model.cfg[split] = stock
+    if trainer.is_global_zero:
+        resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        resolved.model = {key: node.get(key, value) for key, value in resolved.model.items()}
+        OmegaConf.save(resolved, run_folder / "config.yaml")
+        logging.info(start_up_table(trainer, model, resolved, streams))
+
+    trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
+
+    if trainer.global_step >= trainer.max_steps or _stopped_early(trainer):
+        save_nemo(model, run_folder / f"{cfg.name}.nemo")
+    if trainer.is_global_zero:
+        minutes = (time.perf_counter() - started) / 60
+        left_out = f"; {bad_rows.count()} bad rows, listed in {bad_rows.path}" if bad_rows.count() else ""
+        reached = f"step {trainer.global_step}/{trainer.max_steps} after {minutes:.1f} min"
+        logging.info(f"{reached}; run folder: {run_folder}{left_out}")
+    return run_folder
+
+
+def _stream(cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows) -> TranscriptStream | None:
+    node = cfg.data.get(f"{split}_ds")
+    if node is None:
+        return None
+    return TranscriptStream(
+        OmegaConf.to_container(node, resolve=True),
+        tokenizer / "tokenizer.model",
+        seed=cfg.seed,
+        ctc_frame=SUBSAMPLING_FACTOR,
+        bad_rows=bad_rows,
+        name=split,
+    )
+
+
+def _stopped_early(trainer: Trainer) -> bool:
+    return any(isinstance(c, EarlyStopping) and c.stopped_epoch > 0 for c in trainer.callbacks)

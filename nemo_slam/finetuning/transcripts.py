@@ -1,0 +1,183 @@
+"""The stream that fine-tuning reads: utterances with the text to predict, from NeMo manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nemo_slam.data.audio_rows import COLUMNS, TAR_COLUMNS, AudioRows, scan_audio_rows
+from nemo_slam.data.bad_rows import BadRow, BadRows, DataError
+from nemo_slam.data.config import parse_stream
+from nemo_slam.data.index import IndexBuilder, open_index
+from nemo_slam.data.manifest import Files, RowError, expand_paths, parse_json, string_value
+from nemo_slam.data.stream import Stream
+from nemo_slam.data.tar import TarMembers
+from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+
+TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4"}
+PURPOSE_TRANSCRIPTS = 5
+MOST_UNKNOWN = 0.05
+"""Share of unknown tokens above which a tokenizer does not fit its text."""
+
+
+@dataclass(frozen=True)
+class TranscriptConfig:
+    """Stream of utterances with a target text.
+
+    Attributes:
+        manifest_filepath: a NeMo JSON-lines manifest, or a list of them (shards).
+        frames_per_step: frames of 10 ms in a global batch, over all ranks and micro-batches.
+        text_key: the manifest's key that holds the target: ``text``, or ``translation`` for speech translation.
+        tarred_audio_filepaths: NeMo tar files that hold the audio, or None for plain files.
+        min_duration, max_duration: utterances outside (seconds) are filtered and counted.
+        window: number of index shards (of at most 8,192 rows) that are shuffled together.
+        cache_dir: folder for the index; default beside the first manifest.
+    """
+
+    manifest_filepath: list[str]
+    frames_per_step: int
+    text_key: str = "text"
+    tarred_audio_filepaths: list[str] | None = None
+    min_duration: float = 0.3
+    max_duration: float = 20.0
+    window: int = 16
+    cache_dir: str | None = None
+
+
+@dataclass
+class Utterances:
+    """*Shape:* audio (B, T) float32, zero-padded; audio_lengths (B,) int64 samples; tokens: B vectors of int64."""
+
+    audio: Tensor
+    audio_lengths: Tensor
+    tokens: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TranscriptStream(Stream):
+    """Batches of utterances with their tokens; order and exactness are those of pre-training's streams.
+
+    Args:
+        node: keys of `TranscriptConfig`.
+        tokenizer: path of a SentencePiece model.
+        seed: of the order.
+        ctc_frame: frames of 10 ms in one encoder frame, if the model is trained with CTC: rows with more tokens than
+            CTC can place are filtered and counted. None for other models.
+        name: for messages.
+
+    Raises:
+        DataError: more than 5% of the text's tokens are unknown to the tokenizer.
+    """
+
+    def __init__(
+        self,
+        node: Mapping[str, Any],
+        tokenizer: str | Path,
+        *,
+        seed: int,
+        ctc_frame: int | None = None,
+        bad_rows: BadRows | None = None,
+        name: str = "train",
+    ):
+        self.config = config = parse_stream(TranscriptConfig, node, f"data.{name}_ds")
+        self.sources = expand_paths(config.manifest_filepath)
+        tars = None if config.tarred_audio_filepaths is None else expand_paths(config.tarred_audio_filepaths)
+        model = Tokenizer(tokenizer)
+        index = open_index(
+            "transcripts",
+            [*self.sources, *(tars or [])],
+            {
+                "durations": [config.min_duration, config.max_duration],
+                "text_key": config.text_key,
+                "tokenizer": model.digest,
+                "tars": len(tars or []),
+                "ctc_frame": ctc_frame,
+            },
+            (COLUMNS if tars is None else COLUMNS | TAR_COLUMNS) | TEXT_COLUMNS,
+            lambda builder: _scan(builder, self.sources, tars, config, model, ctc_frame),
+            config.cache_dir,
+        )
+        sampling = {
+            "frames_per_step": config.frames_per_step,
+            "seed": seed,
+            "purpose": PURPOSE_TRANSCRIPTS,
+            "window": config.window,
+        }
+        super().__init__(name, index, sampling, bad_rows or BadRows())
+        unknown, total = index.meta["unknown_tokens"], int(index.tokens_length.sum())
+        if unknown > MOST_UNKNOWN * total:
+            raise DataError(
+                f"data.{name}_ds: {unknown} of {total} tokens are unknown to the tokenizer {tokenizer}: it was trained "
+                "on other text. Train one on this manifest (model.tokenizer.dir=null does) or name another"
+            )
+        self._audio = AudioRows(self, self.sources, tars)
+        self._tokens = TokenReader(index.folder, model.dtype)
+
+    def text(self, example_id: int) -> np.ndarray:
+        """The tokens of an example's text, (n,) int64."""
+        return self._tokens.read(self.index.start[example_id], self.index.tokens_length[example_id])
+
+    def load(self, ids: np.ndarray, epochs: np.ndarray, step: int | None = None) -> Utterances:
+        """The given examples, (B,) each; those that cannot be loaded are left out and listed."""
+        kept, audio, lengths = self._audio.load(ids, step)
+        return Utterances(audio, lengths, [self.text(i) for i in ids[kept]])
+
+
+def ctc_frames_needed(tokens: list[int]) -> int:
+    """Encoder frames that CTC needs for a token sequence: one each, and a blank between equal neighbours.
+
+    >>> ctc_frames_needed([7, 7, 3])
+    4
+    """
+    return len(tokens) + sum(a == b for a, b in pairwise(tokens))
+
+
+def _scan(
+    builder: IndexBuilder,
+    manifests: list[Path],
+    tars: list[Path] | None,
+    config: TranscriptConfig,
+    model: Tokenizer,
+    ctc_frame: int | None,
+) -> None:
+    """Index the manifests and tokenise their texts into the index folder."""
+    members = None if tars is None else TarMembers(tars)
+    unknown = 0
+    lines = Files(manifests)
+    with TokenWriter(builder.folder, model.dtype) as writer:
+        for chunk in scan_audio_rows(builder, manifests, config, False, members):
+            good, texts = [], []
+            for values, text in _texts(builder, chunk, lines, config.text_key):
+                good.append(values)
+                texts.append(text)
+            for values, tokens in zip(good, model.encode(texts), strict=True):
+                try:
+                    unknown += model.check(tokens)
+                except RowError as error:
+                    builder.add_bad(BadRow(str(manifests[values[1]]), values[2], str(error)))
+                    continue
+                if ctc_frame is not None and ctc_frames_needed(tokens) > -(-values[0] // ctc_frame):
+                    builder.filtered["with more tokens than CTC can place"] += 1
+                    continue
+                builder.add(*values, writer.append(tokens), len(tokens))
+    lines.close()
+    builder.arrays["tokens"] = (writer.dtype, writer.size)
+    builder.meta["unknown_tokens"] = unknown
+
+
+def _texts(builder: IndexBuilder, chunk: list, lines: Files, key: str) -> Iterator[tuple[tuple, str]]:
+    """The target text of each row, read from the line itself; rows without one go to the builder."""
+    for _, values in chunk:
+        _, file, line, offset, nbytes = values[: len(COLUMNS)]
+        try:
+            yield values, string_value(parse_json(lines.read(file, offset, nbytes)), key).strip()
+        except RowError as error:
+            builder.add_bad(BadRow(str(lines.paths[file]), line, str(error)))
