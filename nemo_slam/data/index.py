@@ -198,7 +198,7 @@ def open_index(
         if index is not None:
             return index
     cache = _first_writable(caches)
-    with FileLock(cache / f"{prefix}.lock"):
+    with FileLock(cache / f"{prefix}-{os.getuid()}.lock"):  # a user's own: another's could not be opened
         index = _try_open(cache / name)  # another process may have built it while this one waited
         if index is None:
             _build(cache / name, prefix, columns, scan, kind)
@@ -208,7 +208,7 @@ def open_index(
 
 def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable, kind: str) -> None:
     """Builds into a temporary folder and renames it into place. The caller holds the lock."""
-    outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p != folder]
+    outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p != folder and p.is_dir()]
     if folder.exists():
         logger.warning("the index %s is damaged: building it anew", folder)
         shutil.rmtree(folder)
@@ -216,9 +216,11 @@ def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable
         logger.warning("the index %s does not match its sources any more: building it anew", outdated[0])
     else:
         logger.info("building the index of stream kind %r: %s", kind, folder)
-    for leftover in folder.parent.glob(f"{prefix}.building-*"):  # of a build that was killed
+    mine = f"{prefix}.building-{os.uname().nodename}-{os.getuid()}"
+    for leftover in folder.parent.glob(f"{mine}-*"):  # of a build that was killed: the lock is held
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}.building-", dir=folder.parent))
+    temporary = folder.parent / f"{mine}-{os.getpid()}"
+    temporary.mkdir()
     try:
         builder = IndexBuilder(temporary, columns)
         try:
@@ -226,7 +228,12 @@ def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable
             builder.finish()
         finally:
             builder.close()
-        os.rename(temporary, folder)
+        try:
+            os.rename(temporary, folder)
+        except OSError:
+            if _try_open(folder) is None:  # not built meanwhile by another machine or user either
+                raise
+            shutil.rmtree(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

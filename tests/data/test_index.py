@@ -130,7 +130,8 @@ def test_a_failed_or_killed_build_leaves_nothing_that_counts(source):
     cache = source.parent / ".nemo_slam_index"
     assert not [p for p in cache.iterdir() if p.is_dir()]
     index = open_numbers([source])
-    killed = cache / f"{index.folder.name.rsplit('-', 1)[0]}.building-xyz"
+    prefix = index.folder.name.rsplit("-", 1)[0]
+    killed = cache / f"{prefix}.building-{os.uname().nodename}-{os.getuid()}-12345"
     index.folder.rename(killed)  # what a kill before the rename leaves
     assert len(open_numbers([source])) == 6
     assert not killed.exists()
@@ -146,6 +147,28 @@ def test_two_processes_build_once(source, tmp_path):
         worker.join()
     assert [w.exitcode for w in workers] == [0] * 4
     assert log.read_text() == "scan\n"
+
+
+def test_another_machine_may_build_the_same_index_meanwhile(source):
+    folder = open_numbers([source]).folder
+    aside = source.parent / "aside"
+    folder.rename(aside)
+
+    def scan(builder):
+        builder.add(7, 1)
+        aside.rename(folder)
+
+    index = open_index("numbers", [source], {}, COLUMNS, scan)
+    assert index.length.tolist() == [3, 1, 4, 1, 5, 9]
+    assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
+
+
+def test_others_may_read_the_index(source):
+    before = os.umask(0o022)
+    try:
+        assert open_numbers([source]).folder.stat().st_mode & 0o777 == 0o755
+    finally:
+        os.umask(before)
 
 
 def test_unwritable_folder_falls_back_to_the_users_cache_and_says_so(source, tmp_path, monkeypatch, caplog):
