@@ -57,23 +57,23 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"init_from: {path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
         with tarfile.open(path) as archive:
             members = [m for m in archive if Path(m.name).name == "model_config.yaml" and m.isfile()]
             if not members:
-                raise ValueError(f"init_from: {path} holds no model_config.yaml, so it is not a NeMo model")
+                raise ValueError(f"{path} holds no model_config.yaml, so it is not a NeMo model")
             if members[0].size > _CONFIG_LIMIT:
-                raise ValueError(f"init_from: the model_config.yaml of {path} has {members[0].size} bytes: no config")
+                raise ValueError(f"the model_config.yaml of {path} has {members[0].size} bytes: no config")
             file = archive.extractfile(members[0])
             assert file is not None
             config = yaml.safe_load(file.read())
     except tarfile.TarError as error:
-        raise ValueError(f"init_from: {path} is not a .nemo archive: {error}") from error
+        raise ValueError(f"{path} is not a .nemo archive: {error}") from error
     except yaml.YAMLError as error:
-        raise ValueError(f"init_from: the model_config.yaml of {path} is not plain YAML: {error}") from error
+        raise ValueError(f"the model_config.yaml of {path} is not plain YAML: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"init_from: the model_config.yaml of {path} holds no keys")
+        raise ValueError(f"the model_config.yaml of {path} holds no keys")
     return config
 
 
@@ -85,7 +85,10 @@ def read_pretrained(path: str | Path) -> Pretrained:
         ValueError: not a NeMo archive, or none with a SLAM encoder.
     """
     path = Path(path)
-    config = read_config(path)
+    try:
+        config = read_config(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"init_from: {error}") from error
     node = config.get("encoder", config)
     parts = ("conformer", "speech_encoder", "multimodal_encoder")
     if not isinstance(node, dict) or any(not isinstance(node.get(part), dict) for part in parts):

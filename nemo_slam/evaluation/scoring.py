@@ -1,0 +1,157 @@
+"""Scores of transcript files, over all and by group; ``scripts/evaluate.py`` calls this."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_slam.evaluation.text_metrics import (
+    LOWER_IS_BETTER,
+    NORMALISATIONS,
+    Counts,
+    Interval,
+    bootstrap,
+    count,
+    normalise,
+    paired_bootstrap,
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to score.
+
+    Attributes:
+        metrics: of ``text_metrics.METRICS``.
+        reference: the key of the lines that holds the reference.
+        normalisation: one of ``text_metrics.NORMALISATIONS``, applied to both sides.
+        by: the key to group by (``lang``), or None.
+        resamples, seed: of the bootstrap.
+    """
+
+    metrics: tuple[str, ...]
+    reference: str = "text"
+    normalisation: str = "basic"
+    by: str | None = "lang"
+    resamples: int = 1000
+    seed: int = 0
+
+
+def read_transcripts(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``scripts/transcribe.py``.
+
+    Raises:
+        ValueError: a line that is not JSON, or has no ``pred_text``.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("pred_text"), str):
+                raise ValueError(f"{path}:{number}: no string 'pred_text': expected lines of scripts/transcribe.py")
+            rows.append(row)
+    return rows
+
+
+def check_references(rows: Sequence[dict[str, Any]], options: Options, where: str) -> None:
+    """Every row must have a reference, which may be empty.
+
+    Raises:
+        ValueError: one that has not, by its audio file, with the keys that it has.
+    """
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get(options.reference), str):
+            raise ValueError(
+                f"{where}, line {number} ({row.get('audio_filepath', 'no audio_filepath')}): no string "
+                f"{options.reference!r} to score against; it has {', '.join(sorted(row))} (choose with --reference)"
+            )
+
+
+def _counts(metric: str, rows: Sequence[dict[str, Any]], options: Options) -> Counts:
+    texts = [
+        [normalise(row[key], options.normalisation) for row in rows] for key in (options.reference, "pred_text")
+    ]
+    return count(metric, *texts)
+
+
+def _groups(rows: Sequence[dict[str, Any]], by: str | None) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {"all": list(range(len(rows)))}
+    if by is not None:
+        for number, row in enumerate(rows):
+            groups.setdefault(f"{by}={row.get(by, '?')}", []).append(number)
+        if len(groups) == 2:  # one group beside "all" says the same twice
+            groups = {"all": groups["all"]}
+    return groups
+
+
+def score(rows: Sequence[dict[str, Any]], options: Options) -> dict[str, Any]:
+    """All scores, as JSON values: settings, and for each group its utterances, empty references and intervals."""
+    groups = {}
+    signatures: dict[str, str] = {}
+    for name, members in _groups(rows, options.by).items():
+        chosen = [rows[i] for i in members]
+        empty = sum(not normalise(row[options.reference], options.normalisation) for row in chosen)
+        scores = {}
+        for metric in options.metrics:
+            counts = _counts(metric, chosen, options)
+            signatures[metric] = counts.signature
+            scores[metric] = vars(bootstrap(counts, options.resamples, options.seed))
+        groups[name] = {"utterances": len(chosen), "empty_references": empty, **scores}
+    return {
+        "normalisation": f"{options.normalisation}: {NORMALISATIONS[options.normalisation]}",
+        "reference": options.reference,
+        "interval": f"95%, bootstrap over utterances, {options.resamples} resamples, seed {options.seed}",
+        "signatures": signatures,
+        "groups": groups,
+    }
+
+
+def compare(
+    rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], options: Options
+) -> dict[str, dict[str, float]]:
+    """Score of ``others`` minus score of ``rows`` on the utterances that both have, by paired bootstrap.
+
+    Raises:
+        ValueError: they have no utterance in common.
+    """
+
+    def identity(row: dict[str, Any]) -> tuple[str, float]:
+        return os.path.abspath(row.get("audio_filepath", "")), row.get("offset", 0.0)
+
+    second = {identity(row): row for row in others}
+    shared = [(row, second[identity(row)]) for row in rows if identity(row) in second]
+    if not shared:
+        raise ValueError("the two files have no utterance in common (compared by audio_filepath and offset)")
+    first_rows, second_rows = ([pair[i] for pair in shared] for i in (0, 1))
+    differences: dict[str, dict[str, float]] = {}
+    for metric in options.metrics:
+        pair = (_counts(metric, first_rows, options), _counts(metric, second_rows, options))
+        interval = paired_bootstrap(*pair, options.resamples, options.seed)
+        differences[metric] = {**vars(interval), "utterances": len(shared)}
+    return differences
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores for people: a line a group, a column a metric."""
+    metrics = list(result["signatures"])
+    arrows = {metric: f"{metric.upper()} {'v' if metric in LOWER_IS_BETTER else '^'}" for metric in metrics}
+    rows = [["", "utterances", *arrows.values()]]
+    for name, group in result["groups"].items():
+        cells = [str(Interval(**group[metric])) for metric in metrics]
+        rows.append([name, str(group["utterances"]), *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    empty = result["groups"]["all"]["empty_references"]
+    notes = [f"normalisation {result['normalisation']}", f"interval: {result['interval']}"]
+    if empty:
+        notes.append(f"{empty} empty reference(s): what was transcribed there counts as insertions")
+    return "\n".join([*lines, *notes])

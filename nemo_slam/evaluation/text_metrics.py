@@ -1,0 +1,154 @@
+"""WER, CER, BLEU and chrF of a corpus, with seeded bootstrap intervals.
+
+Every metric is reduced to counts per utterance (n, k) and a function of their sum, so that a resample of the corpus is
+one matrix product. Where a reference is empty, the hypothesis counts as insertions and no reference length is added.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+METRICS = ("wer", "cer", "bleu", "chrf")
+NORMALISATIONS = {
+    "none": "texts compared as they are, after stripping",
+    "basic": "NFKC, case folded, only letters, marks, digits and apostrophes kept, runs of space made one",
+}
+LOWER_IS_BETTER = frozenset({"wer", "cer"})
+
+
+def normalise(text: str, how: str) -> str:
+    """A text under one of NORMALISATIONS.
+
+    >>> normalise("¿Qué tal?  It's  GOOD.", "basic")
+    "qué tal it's good"
+    """
+    if how == "none":
+        return text.strip()
+    if how != "basic":
+        raise ValueError(f"normalisation {how!r} is not one of {', '.join(NORMALISATIONS)}")
+    folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
+    kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in folded)
+    return " ".join(kept.split())
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A metric's counts over a corpus, and how their sum becomes the score (in percent).
+
+    *Shape:* per_utterance (n, k) float64.
+    """
+
+    metric: str
+    per_utterance: np.ndarray
+    score: Callable[[np.ndarray], float]
+    signature: str
+
+    def total(self) -> float:
+        """The corpus score; nan where there is nothing to score."""
+        return self.score(self.per_utterance.sum(axis=0))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def count(metric: str, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    """The counts of one metric.
+
+    Args:
+        metric: one of METRICS.
+        references, hypotheses: texts of the same utterances.
+
+    Raises:
+        ValueError: an unknown metric, or lists of different lengths.
+    """
+    if len(references) != len(hypotheses):
+        raise ValueError(f"{len(references)} references, {len(hypotheses)} hypotheses")
+    if metric in ("wer", "cer"):
+        return _edit_counts(metric, references, hypotheses)
+    if metric in ("bleu", "chrf"):
+        return _ngram_counts(metric, references, hypotheses)
+    raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+
+
+def _edit_counts(metric: str, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    import jiwer
+
+    align = jiwer.process_words if metric == "wer" else jiwer.process_characters
+    rows = []
+    for reference, hypothesis in zip(references, hypotheses, strict=True):
+        found = align(reference, hypothesis)
+        errors = found.substitutions + found.deletions + found.insertions
+        rows.append((errors, found.hits + found.substitutions + found.deletions))
+    counts = np.array(rows, np.float64).reshape(-1, 2)
+    return Counts(metric, counts, lambda s: 100 * s[0] / s[1] if s[1] else math.nan, f"jiwer {metric}")
+
+
+def _ngram_counts(metric: str, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
+    from sacrebleu.metrics import BLEU, CHRF
+
+    scorer = BLEU() if metric == "bleu" else CHRF()
+    rows = scorer._extract_corpus_statistics(list(hypotheses), [list(references)]) if references else []
+    counts = np.array(rows, np.float64).reshape(len(references), -1)
+
+    def score(total: np.ndarray) -> float:
+        if not total.any():
+            return math.nan
+        return float(scorer._compute_score_from_stats([int(x) for x in total]).score)
+
+    return Counts(metric, counts, score, str(scorer.get_signature()) if references else f"sacrebleu {metric}")
+
+
+def _resamples(n: int, number: int, seed: int) -> np.ndarray:
+    """How often each utterance occurs in each resample. *Shape:* (number, n)."""
+    draws = np.random.default_rng(seed).integers(0, n, size=(number, n))
+    occurs = np.zeros((number, n))
+    np.add.at(occurs, (np.arange(number)[:, None], draws), 1)
+    return occurs
+
+
+def _quantiles(values: np.ndarray) -> tuple[float, float]:
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def bootstrap(counts: Counts, resamples: int = 1000, seed: int = 0) -> Interval:
+    """The score and the 95% interval over utterances drawn with replacement."""
+    if not len(counts.per_utterance):
+        return Interval(math.nan, math.nan, math.nan)
+    sums = _resamples(len(counts.per_utterance), resamples, seed) @ counts.per_utterance
+    return Interval(counts.total(), *_quantiles(np.array([counts.score(s) for s in sums])))
+
+
+def paired_bootstrap(first: Counts, second: Counts, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Score of ``second`` minus score of ``first`` on the same utterances, each resample shared by both.
+
+    Raises:
+        ValueError: the two are not of the same utterances.
+    """
+    if first.per_utterance.shape != second.per_utterance.shape:
+        raise ValueError(
+            f"cannot pair {len(first.per_utterance)} utterances with {len(second.per_utterance)}: score the same ones"
+        )
+    if not len(first.per_utterance):
+        return Interval(math.nan, math.nan, math.nan)
+    occurs = _resamples(len(first.per_utterance), resamples, seed)
+    pairs = zip(occurs @ first.per_utterance, occurs @ second.per_utterance, strict=True)
+    differences = np.array([second.score(b) - first.score(a) for a, b in pairs])
+    return Interval(second.total() - first.total(), *_quantiles(differences))

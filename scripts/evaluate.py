@@ -1,0 +1,93 @@
+"""Scores transcripts: WER and CER (jiwer), BLEU and chrF (sacrebleu), with bootstrap intervals, overall and by language.
+
+    python scripts/evaluate.py es_test.jsonl                                    # what scripts/transcribe.py wrote
+    python scripts/evaluate.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_test.json
+    python scripts/evaluate.py st.jsonl --reference translation --metrics bleu chrf
+    python scripts/evaluate.py scratch.jsonl --against pretrained.jsonl         # paired difference
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    from nemo_slam.evaluation.text_metrics import METRICS, NORMALISATIONS
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", type=Path, help="TRANSCRIPTS.jsonl, or MODEL.nemo and a manifest")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=["wer", "cer"], help="default: wer cer")
+    parser.add_argument("--reference", default="text", help="key of the reference: text (default), or translation")
+    how = "; ".join(f"{name}: {what}" for name, what in NORMALISATIONS.items())
+    parser.add_argument("--normalise", choices=NORMALISATIONS, default="basic", help=f"default: basic. {how}")
+    parser.add_argument("--by", default="lang", help="key to group by; default: %(default)s")
+    parser.add_argument("--against", type=Path, help="other transcripts of the same audio: print theirs minus ours")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="JSON file for the scores")
+    parser.add_argument("--batch-size", type=int, default=8, help="with a model; default: %(default)s")
+    options = parser.parse_args(arguments)
+    if options.inputs[0].suffix == ".nemo" and len(options.inputs) < 2:
+        parser.error("a model needs a manifest to transcribe")
+    if options.inputs[0].suffix != ".nemo" and len(options.inputs) != 1:
+        parser.error("give one file of transcripts, or a .nemo and manifests")
+    return options
+
+
+def transcripts(inputs: list[Path], batch_size: int) -> list[dict[str, Any]]:
+    """The rows to score. Audio that cannot be read is named; it has no transcript, so it is not scored."""
+    from nemo_slam.evaluation.scoring import read_transcripts
+
+    if inputs[0].suffix != ".nemo":
+        return read_transcripts(inputs[0])
+    from nemo_slam.evaluation.transcription import find_items, restore, transcribe
+
+    model, rows = restore(inputs[0]), []
+    for item in transcribe(model, find_items(inputs[1:]), batch_size):
+        if item.problem is not None:
+            print(f"not scored: {item.problem}", file=sys.stderr)
+        else:
+            rows.append(item.row)
+    return rows
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    from nemo_slam.evaluation.scoring import Options, check_references, compare, read_transcripts, score, table
+
+    options = Options(
+        tuple(arguments.metrics),
+        arguments.reference,
+        arguments.normalise,
+        arguments.by,
+        arguments.resamples,
+        arguments.seed,
+    )
+    try:
+        rows = transcripts(arguments.inputs, arguments.batch_size)
+        check_references(rows, options, str(arguments.inputs[-1]))
+        result = score(rows, options)
+        if arguments.against is not None:
+            others = read_transcripts(arguments.against)
+            check_references(others, options, str(arguments.against))
+            result["difference"] = compare(rows, others, options)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(result))
+    for metric, d in result.get("difference", {}).items():
+        clear = "clear of zero" if d["low"] > 0 or d["high"] < 0 else "not clear of zero"
+        interval = f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
+        print(f"{metric.upper()} of {arguments.against} minus this: {interval}, {clear} ({d['utterances']} utterances)")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
