@@ -10,7 +10,6 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 from nemo_slam.data.corpora.files import locked, whole_file, write_text
@@ -67,10 +66,13 @@ def ensure_tokenizer(root: str | Path, vocab_size: int, allow_smaller: bool = Tr
     out_dir = root / "tokenizers" / f"spm_{vocab_size}"
     if (out_dir / "tokenizer.model").is_file():  # written last
         return out_dir
+    sources = [root / "text" / "train.txt", root / "manifests" / "speech_train.json"]
+    for source in sources:
+        if not source.is_file():
+            raise FileNotFoundError(f"{source}: no prepared corpus in {root}; run scripts/prepare_data.py first")
     with locked(root / "tokenizers", f"spm_{vocab_size}"):
         if not (out_dir / "tokenizer.model").is_file():
-            text = list(read_lines(root / "text" / "train.txt"))
-            transcripts = list(read_lines(root / "manifests" / "speech_train.json"))
+            text, transcripts = (list(read_lines(source)) for source in sources)
             repeats = max(1, round(sum(map(len, text)) / max(1, sum(map(len, transcripts)))))
             logger.info("training a tokenizer of %d pieces in %s", vocab_size, out_dir)
             train_on_lines(text + transcripts * repeats, out_dir, vocab_size, allow_smaller=allow_smaller)
@@ -123,13 +125,13 @@ def train_on_lines(
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model type {model_type!r}: expected one of {', '.join(MODEL_TYPES)}")
     out_dir = Path(out_dir)
-    lines = iter(lines)
-    if (first := next(lines, None)) is None:
+    lines = list(lines)  # SentencePiece holds them all too, and would bury an error that reading them raises
+    if not lines:
         raise ValueError("no text to train a tokenizer on: the files are empty")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=chain([first], lines),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,

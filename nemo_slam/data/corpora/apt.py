@@ -36,14 +36,15 @@ def _apt(apt_get: str, folder: Path, *arguments: str, cwd: Path | None = None) -
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-6:])
         raise CorpusError(
             f"apt-get {arguments[0]} failed (exit status {done.returncode}); is this machine offline, or not Debian "
-            f"or Ubuntu with the main/universe component?\n{tail}\n{WAYS_OUT}"
+            f"or Ubuntu with the main/universe component?\n{tail}\nWith the .deb files at hand, put them into "
+            f"{folder / 'debs'} and call again.\n{WAYS_OUT}"
         )
 
 
 def fetch(packages: list[str], folder: Path) -> dict[str, Path]:
     """Downloads ``packages`` below ``folder``; apt checks every file against the signed package lists.
 
-    Packages that an earlier, killed call left whole are not fetched again.
+    Packages in ``folder``/debs are not fetched again: an earlier, killed call left them there whole, or the user.
 
     Returns:
         package name -> its .deb file.
@@ -51,15 +52,18 @@ def fetch(packages: list[str], folder: Path) -> dict[str, Path]:
     Raises:
         CorpusError: no apt-get, no network, or no such package.
     """
-    apt_get = shutil.which("apt-get")
-    if apt_get is None:
-        raise CorpusError(f"apt-get not found: this corpus comes from Debian or Ubuntu packages.\n{WAYS_OUT}")
     folder = folder.resolve()
     debs = folder / "debs"
     debs.mkdir(parents=True, exist_ok=True)
     found = _present(debs)
     missing = [name for name in packages if name not in found]
     if missing:
+        apt_get = shutil.which("apt-get")
+        if apt_get is None:
+            raise CorpusError(
+                f"apt-get not found: this corpus comes from Debian or Ubuntu packages.\nPut the files "
+                f"{', '.join(f'{name}_*.deb' for name in missing)} into {debs}, and call again.\n{WAYS_OUT}"
+            )
         _apt(apt_get, folder, "update")
         arriving = folder / "arriving"
         shutil.rmtree(arriving, ignore_errors=True)

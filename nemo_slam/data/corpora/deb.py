@@ -36,7 +36,10 @@ def _data_tar(path: Path) -> tuple[bytes, str]:
             tool = shutil.which("dpkg-deb")
             if tool is None:
                 raise CorpusError(f"{path}: compressed with zstd; install dpkg (dpkg-deb) to read it")
-            return subprocess.run([tool, "--fsys-tarfile", path], check=True, capture_output=True).stdout, "r:"
+            done = subprocess.run([tool, "--fsys-tarfile", path], capture_output=True)
+            if done.returncode:
+                raise CorpusError(f"{path}: damaged Debian package ({done.stderr.decode(errors='replace').strip()})")
+            return done.stdout, "r:"
     raise CorpusError(f"{path}: damaged Debian package (no data.tar member)")
 
 

@@ -75,7 +75,7 @@ def _build(root: Path, request: dict[str, Any]) -> None:
         "speakers": "one a language; English and Spanish share theirs",
         "licences": _LICENCES,
         "packages": packages,
-        "left_out": {language: dict(transcripts[language].left_out) for language in wanted},
+        "left_out": {language: dict(+transcripts[language].left_out) for language in wanted},
     }
     finish(root, rows, _text(debs, text_left_out), about, text_left_out)
     shutil.rmtree(work)
@@ -148,4 +148,4 @@ def _text(debs: dict[str, Path], left_out: Counter[str]) -> Iterator[str]:
             if spoken := normalise(line, language):
                 yield spoken
             else:
-                left_out["number that can be read in several ways"] += 1
+                left_out["no words, or a number that can be read in several ways"] += 1

@@ -86,11 +86,9 @@ def prepare(root: Path, languages: Sequence[str] = LANGUAGES, sentences: int = 3
     unknown = sorted(set(languages) - set(LANGUAGES))
     if unknown or not languages:
         raise ValueError(f"languages {list(languages)}: expected some of {', '.join(LANGUAGES)}")
-    everything = len(_grammar())
-    if not 10 <= sentences <= everything // 11:
-        raise ValueError(
-            f"sentences {sentences}: expected 10 to {everything // 11}, so that the text stream has others"
-        )
+    most = len(_grammar()) // 11  # so that the text stream has others
+    if not FEWEST <= sentences <= most:
+        raise ValueError(f"sentences {sentences}: expected {FEWEST} to {most}")
     wanted = [language for language in LANGUAGES if language in languages]
     request = {"languages": wanted, "sentences": sentences, "version": VERSION}
     return prepare_once(root, "synthetic", request, lambda: _build(root, request))

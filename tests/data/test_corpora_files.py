@@ -1,0 +1,157 @@
+"""Whole files, the lock, the marker, and a preparation that is killed, repeated or called twice at once."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nemo_slam.data.corpora import prepare
+from nemo_slam.data.corpora.files import CorpusError, read_marker, whole_file, write_text
+from nemo_slam.data.corpora.layout import finish, prepare_once
+
+REQUEST = {"version": 1}
+
+
+def _row(text: str) -> dict:
+    return {"audio_filepath": "../audio/x.wav", "duration": 1.0, "text": text, "lang": "en", "prompt_id": text}
+
+
+def _finish(root: Path, request: dict = REQUEST) -> None:
+    rows = {"en": {"train": [_row("one two")], "dev": [_row("three")], "test": [_row("four")]}}
+    finish(root, rows, ["a line", "another line"], {"name": "tiny", "request": request}, Counter())
+
+
+def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+
+    def write_half():
+        with whole_file(target) as temporary:
+            temporary.write_text("new, but")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        write_half()
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_preparation_leaves_nothing_a_rerun_trusts(tmp_path):
+    """SIGKILL in the middle of a manifest: no manifest of that name, no marker; the rerun cleans up and completes."""
+    script = f"""
+import os, signal
+from pathlib import Path
+from nemo_slam.data.corpora.files import whole_file
+from nemo_slam.data.corpora.layout import prepare_once
+root = Path({str(tmp_path)!r})
+def build():
+    (root / "text").mkdir(parents=True)
+    (root / "text" / "train.txt").write_text("written by the killed one\\n")
+    with whole_file(root / "manifests" / "en_train.json") as temporary:
+        temporary.write_text('{{"half": ')
+        os.kill(os.getpid(), signal.SIGKILL)
+prepare_once(root, "tiny", {REQUEST!r}, build)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "manifests" / "en_train.json").exists()
+    assert list(tmp_path.rglob(".partial-*"))
+    assert read_marker(tmp_path) is None
+
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    assert not list(tmp_path.rglob(".partial-*"))
+    assert "killed" not in (tmp_path / "text" / "train.txt").read_text()
+    assert json.loads((tmp_path / "manifests" / "en_train.json").read_text())["text"] == "one two"
+    assert read_marker(tmp_path)["speech"]["en"]["train"]["utterances"] == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated marker", "missing manifest", "marker of another type"])
+def test_a_damaged_corpus_is_prepared_again(tmp_path, damage):
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    marker = tmp_path / "corpus.json"
+    if damage == "truncated marker":
+        marker.write_text(marker.read_text()[:40])
+    elif damage == "marker of another type":
+        marker.write_text("[]")
+    else:
+        (tmp_path / "manifests" / "speech_dev.json").unlink()
+    calls = []
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: (calls.append(1), _finish(tmp_path)))
+    assert calls == [1]
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: calls.append(2))
+    assert calls == [1]
+
+
+def test_another_request_prepares_anew_and_drops_what_was_made_from_the_old_text(tmp_path):
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    (tmp_path / "tokenizers" / "spm_8").mkdir(parents=True)
+    (tmp_path / "manifests" / "es_train.json").write_text("{}")
+    other = {"version": 2}
+    prepare_once(tmp_path, "tiny", other, lambda: _finish(tmp_path, other))
+    assert read_marker(tmp_path)["request"] == other
+    assert not (tmp_path / "tokenizers").exists()
+    assert not (tmp_path / "manifests" / "es_train.json").exists()
+
+
+def test_another_corpus_in_the_folder_is_an_error_and_stays(tmp_path):
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    with pytest.raises(CorpusError, match="holds corpus 'tiny', not 'other'"):
+        prepare_once(tmp_path, "other", REQUEST, lambda: None)
+    assert read_marker(tmp_path)["name"] == "tiny"
+
+
+def test_a_failed_build_leaves_no_marker(tmp_path):
+    def build():
+        raise CorpusError("no network")
+
+    with pytest.raises(CorpusError, match="no network"):
+        prepare_once(tmp_path, "tiny", REQUEST, build)
+    assert read_marker(tmp_path) is None
+
+
+def _prepare_slowly(root: Path, start: float) -> None:
+    def build():
+        with (root / "builds").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        _finish(root)
+
+    time.sleep(max(0.0, start - time.time()))
+    prepare_once(root, "tiny", REQUEST, build)
+    assert read_marker(root) is not None
+
+
+def test_processes_that_prepare_at_once_build_once(tmp_path):
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    start = time.time() + 1.5
+    processes = [context.Process(target=_prepare_slowly, args=(tmp_path, start)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=20)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert len((tmp_path / "builds").read_text().splitlines()) == 1
+
+
+def test_an_unknown_corpus_names_the_known(tmp_path):
+    with pytest.raises(ValueError, match="expected one of prompts, mini_librispeech, synthetic"):
+        prepare("librispeach", tmp_path)
+
+
+def test_help_is_quick_and_loads_neither_torch_nor_numpy():
+    for script in ("prepare_data.py", "train_tokenizer.py"):
+        path = Path(__file__).parents[2] / "scripts" / script
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", path, "--help"], capture_output=True, text=True, check=True
+        )
+        assert time.monotonic() - started < 2.5
+        loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+        assert not loaded & {"torch", "numpy", "nemo", "lhotse", "sentencepiece"}
