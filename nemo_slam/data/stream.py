@@ -28,11 +28,13 @@ class Stream:
 
     def __init__(self, name: str, index: Index, sampler_args: dict[str, Any], bad_rows: BadRows):
         self.name, self.index, self.bad_rows = name, index, bad_rows
-        bad_rows.record_all(name, index.bad_rows())
+        refused = index.bad_rows()
+        bad_rows.record_all(name, refused)
         if len(index) == 0:
+            bad = f", listed in {bad_rows.where}, the first: {refused[0]}" if refused else ""
             raise EmptyStreamError(
-                f"stream {name!r} is empty: no row is left ({self._left_out()}; bad rows are listed in "
-                f"{bad_rows.where}). Check the paths, and the limits on duration or tokens"
+                f"stream {name!r} is empty: no row is left ({self._left_out()}{bad}). "
+                "Check the paths, and the limits on duration or tokens"
             )
         self.sampler = StepSampler(index, **sampler_args)
         logger.info("stream %r: %s", name, self.summary())

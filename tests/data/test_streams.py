@@ -174,7 +174,9 @@ def test_raise_while_loading_names_file_and_line(tmp_path):
 def test_every_row_bad(tmp_path):
     path = tmp_path / "bad_rows.jsonl"
     broken = write_manifest(tmp_path / "broken.json", ["{", "{"])
-    with pytest.raises(EmptyStreamError, match=r"stream 'speech' is empty.*bad: 2; bad rows are listed in .*bad_rows"):
+    with pytest.raises(
+        EmptyStreamError, match=r"stream 'speech' is empty.*bad: 2, listed in .*, the first: .*broken\.json:1: malf"
+    ):
         SpeechStream(SpeechConfig([str(broken)], 200), seed=0, bad_rows=BadRows(path))
     gone = write_manifest(tmp_path / "gone.json", [{"audio_filepath": f"{i}.wav", "duration": 1} for i in range(9)])
     stream = SpeechStream(SpeechConfig([str(gone)], 200), seed=0, bad_rows=BadRows(path))
