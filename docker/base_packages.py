@@ -4,8 +4,8 @@
     python3 docker/base_packages.py requirements OUT           # the project's, without what the base brings
     python3 docker/base_packages.py check PINS                 # after: fails if anything pinned has moved
 
-NVIDIA's containers carry their own builds of torch, Transformer Engine and apex, compiled against each other. The package
-index has other builds of the same versions, so that one careless requirement replaces them.
+NVIDIA's containers carry their own builds of torch, Transformer Engine and apex, compiled against each other. The
+package index has other builds of the same versions, so that one careless requirement replaces them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 PROTECTED = re.compile(
     r"torch|torchvision|torchaudio|torchao|(pytorch-)?triton|transformer-engine.*|apex|flash-attn.*|numpy|nvidia-.*|cuda-.*"
