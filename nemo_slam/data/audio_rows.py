@@ -98,10 +98,10 @@ class AudioRows:
             self._probe(step)
         loaded.sort(key=lambda item: len(item[1]))
         lengths = torch.tensor([len(audio) for _, audio in loaded], dtype=torch.int64)
-        audio = torch.zeros(len(loaded), int(lengths[-1]) if loaded else 0)
-        for row, (_, samples) in zip(audio, loaded, strict=True):
+        padded = torch.zeros(len(loaded), int(lengths[-1]) if loaded else 0)
+        for row, (_, samples) in zip(padded, loaded, strict=True):
             row[: len(samples)] = torch.from_numpy(samples)
-        return np.array([position for position, _ in loaded], np.int64), audio, lengths
+        return np.array([position for position, _ in loaded], np.int64), padded, lengths
 
     def _load_one(self, example_id: int, step: int | None) -> np.ndarray | None:
         try:

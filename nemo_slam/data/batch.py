@@ -13,6 +13,7 @@ import torch
 _CPU_FIELDS = frozenset({"audio_lengths", "lengths", "negative_lengths", "ids", "epochs"})
 
 
+@dataclass
 class _Tensors:
     """Moves and pins the tensor fields of a dataclass."""
 
@@ -32,7 +33,7 @@ class _Tensors:
 
     def __len__(self) -> int:
         """Number of examples B."""
-        return int(self.ids.shape[0])
+        return len(self.ids)  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -106,8 +107,10 @@ class StepBatch:
     pairs: PairBatch | None = None
 
     def _map(self, method: str, *args) -> StepBatch:
-        parts = {n: getattr(self, n) for n in ("speech", "text", "pairs")}
-        return replace(self, **{n: None if b is None else getattr(b, method)(*args) for n, b in parts.items()})
+        def apply(batch):
+            return None if batch is None else getattr(batch, method)(*args)
+
+        return replace(self, speech=apply(self.speech), text=apply(self.text), pairs=apply(self.pairs))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StepBatch:
         """A copy with audio and tokens on `device`; lengths, ids and epochs stay on the CPU."""

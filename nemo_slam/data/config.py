@@ -118,8 +118,14 @@ def parse_stream(cls: type[Config], node: Mapping[str, Any], where: str) -> Conf
     for name, field in known.items():
         if field.default is MISSING and node.get(name) is None:
             raise ConfigError(f"{where} lacks the key {name!r}")
-    values = {key: _checked(known[key].type, key, node[key], where) for key in node}
+    values = {key: _checked(str(known[key].type), key, node[key], where) for key in node}
     config = cls(**values)
+    _check_limits(config, where)
+    return config
+
+
+def _check_limits(config: Any, where: str) -> None:
+    """What must hold between values."""
     if hasattr(config, "max_duration") and not 0 <= config.min_duration <= config.max_duration:
         raise ConfigError(
             f"{where}: min_duration ({config.min_duration}) must lie between 0 and max_duration ({config.max_duration})"
@@ -128,7 +134,6 @@ def parse_stream(cls: type[Config], node: Mapping[str, Any], where: str) -> Conf
         raise ConfigError(f"{where}.negatives must be one of {', '.join(NEGATIVES)}, got {config.negatives!r}")
     if hasattr(config, "min_tokens") and config.min_tokens > config.max_tokens:
         raise ConfigError(f"{where}: min_tokens ({config.min_tokens}) is above max_tokens ({config.max_tokens})")
-    return config
 
 
 def parse_streams(node: Mapping[str, Any], where: str) -> dict[str, Any]:

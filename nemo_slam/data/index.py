@@ -47,6 +47,7 @@ class Index:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.meta = json.loads((self.folder / "meta.json").read_text())
+        self._arrays: dict[str, np.ndarray] = {}
         if self.meta["version"] != INDEX_VERSION:
             raise ValueError(f"version {self.meta['version']}, expected {INDEX_VERSION}")
         for name, (dtype, size) in self.meta["arrays"].items():
@@ -55,7 +56,13 @@ class Index:
             if found != expected:
                 raise ValueError(f"{path} has {found} bytes, expected {expected}")
             array = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
-            setattr(self, name, np.asarray(array))  # a plain view: np.memmap's own indexing is slow
+            self._arrays[name] = np.asarray(array)  # a plain view: np.memmap's own indexing is slow
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        try:
+            return self.__dict__["_arrays"][name]
+        except KeyError:
+            raise AttributeError(f"{self.__dict__.get('folder')} has no array {name!r}") from None
 
     def __reduce__(self):
         return Index, (self.folder,)
@@ -273,7 +280,7 @@ def _cache_folders(beside: Path) -> list[Path]:
 
 
 def _first_writable(folders: Sequence[Path]) -> Path:
-    tried = []
+    tried: list[str] = []
     for folder in folders:
         problem = _why_not_writable(folder)
         if not problem:

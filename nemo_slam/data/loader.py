@@ -43,7 +43,8 @@ def build_streams(
     streams: dict[str, Stream] = {}
     bad_rows = bad_rows or BadRows()
     for kind, config in parse_streams(node, f"{split}_ds").items():
-        options = {"seed": seed, "bad_rows": bad_rows, "name": kind if split == "train" else f"{split}.{kind}"}
+        name = kind if split == "train" else f"{split}.{kind}"
+        options: dict[str, Any] = {"seed": seed, "bad_rows": bad_rows, "name": name}
         if kind == "speech":
             streams[kind] = SpeechStream(config, **options)
         elif tokenizer is None:
@@ -133,7 +134,7 @@ def validation_loader(
 
 
 def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool, prefetch: int) -> DataLoader:
-    workers = {"persistent_workers": True, "prefetch_factor": prefetch} if num_workers else {}
+    workers: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": prefetch} if num_workers else {}
     # A generator of its own: a loader draws its workers' base seed from the global one, which a resumed run must find
     # untouched.
     return DataLoader(

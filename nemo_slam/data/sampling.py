@@ -31,9 +31,14 @@ class Lengths(Protocol):
         - shard_lengths: (S,) int64, the sum of `lengths` over each shard
     """
 
-    lengths: np.ndarray
-    shard_offsets: np.ndarray
-    shard_lengths: np.ndarray
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def shard_offsets(self) -> np.ndarray: ...
+
+    @property
+    def shard_lengths(self) -> np.ndarray: ...
 
 
 def keyed_permutation(n: int, *, seed: int, purpose: int, use: int, epoch: int, block: int) -> np.ndarray:

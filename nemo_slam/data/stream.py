@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ class Stream:
     """
 
     unit = "frames"
+    sources: list[Path]  # set by each stream, in the order of the index's `file` column
 
     def __init__(self, name: str, index: Index, sampler_args: dict[str, Any], bad_rows: BadRows):
         self.name, self.index, self.bad_rows = name, index, bad_rows
