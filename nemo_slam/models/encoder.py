@@ -74,5 +74,6 @@ class SLAMEncoder(NeuralModule):
         width = int(lengths.max(initial=0))
         place = np.full((len(lengths), width), len(hidden), np.int64)
         place[np.arange(width) < lengths[:, None]] = packed.rows_of("speech", 0)
-        padded = gather_rows(hidden, torch.as_tensor(place.reshape(-1)).to(hidden.device)).view(len(lengths), width, -1)
+        padded = gather_rows(hidden, torch.as_tensor(place.reshape(-1)).to(hidden.device))
+        padded = padded.view(len(lengths), width, self.d_model)
         return padded.transpose(1, 2), torch.as_tensor(lengths).to(length.device)
