@@ -25,7 +25,7 @@ PYTEST_ARGS ?=
 # Tried in this order; the first that is 3.10 or newer and can make virtual environments. 3.11 is what the tests run on.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3 python3.10)
 RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
-INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input -c $(CONSTRAINTS)
+INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
 .PHONY: help setup data pretrain demo test lint format clean distclean
