@@ -29,9 +29,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     librispeech = add("mini_librispeech", "5 + 2 hours of English audiobooks through lhotse")
     librispeech.add_argument("--source", type=Path, help="LibriSpeech folder that is here already; else downloaded")
     synthetic = add("synthetic", "sentences read by eSpeak NG in several voices")
-    synthetic.add_argument("--sentences", type=int, default=300, help="read in every language; default: %(default)s")
+    synthetic.add_argument("--sentences", type=int, help="how many are read in every language; default: 300")
     for corpus in (prompts, synthetic):
-        corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), default=["en", "es", "fr"])
+        corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), help="default: all three")
     return parser.parse_args(arguments)
 
 

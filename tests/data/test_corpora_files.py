@@ -100,6 +100,16 @@ def test_another_request_prepares_anew_and_drops_what_was_made_from_the_old_text
     assert not (tmp_path / "manifests" / "es_train.json").exists()
 
 
+def test_a_request_that_leaves_something_open_takes_what_is_there(tmp_path):
+    built = {"languages": ["en"], "version": 1}
+    prepare_once(tmp_path, "tiny", built, lambda: _finish(tmp_path, built))
+    calls = []
+    prepare_once(tmp_path, "tiny", {"languages": None, "version": 1}, lambda: calls.append("open"))
+    assert calls == []
+    prepare_once(tmp_path, "tiny", {"languages": None, "version": 2}, lambda: calls.append("version"))
+    assert calls == ["version"]
+
+
 def test_another_corpus_in_the_folder_is_an_error_and_stays(tmp_path):
     prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
     with pytest.raises(CorpusError, match="holds corpus 'tiny', not 'other'"):

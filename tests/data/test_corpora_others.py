@@ -1,6 +1,7 @@
 """The synthetic corpus, with eSpeak NG and without; mini LibriSpeech on a miniature of its folders."""
 
 import json
+import subprocess
 import sys
 import wave
 
@@ -91,6 +92,18 @@ def test_espeak_speaks_every_voice():
     assert slow > 1.5 * quick
     with pytest.raises(CorpusError, match="set voice 'xx'"):
         speaker.say("hello", "xx")
+
+
+def test_espeak_says_the_same_in_every_process():
+    pytest.importorskip("espeakng_loader", reason="eSpeak NG (package espeakng-loader) is not installed")
+    script = """
+import hashlib
+from nemo_slam.data.corpora.espeak import Espeak
+speaker = Espeak()
+print([hashlib.sha256(speaker.say(text, "es+f2").tobytes()).hexdigest() for text in ("hola mundo", "la casa")])
+"""
+    said = {subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout for _ in range(3)}
+    assert len(said) == 1
 
 
 def test_resample_keeps_a_tone():

@@ -100,15 +100,16 @@ def test_fetch_keeps_everything_of_apt_in_the_folder(tmp_path, apt_get):
     calls = apt_get.read_text().splitlines()
     assert [call.split("-oAcquire")[-1].split()[1] for call in calls] == ["update", "download"]
     for call in calls:
-        assert f"-oDir::State::Lists={folder}/lists" in call
-        assert f"-oDir::Cache={folder}/cache" in call
+        assert f"-oDir::State::Lists={folder}/apt-" in call
+        assert f"-oDir::Cache={folder}/apt-" in call
+    assert [path.name for path in folder.iterdir()] == ["debs"]
 
 
 def test_fetch_asks_only_for_what_is_missing(tmp_path, apt_get):
     folder = tmp_path / "packages"
     write_deb(folder / "debs" / "one_1.0_all.deb", FILES)
-    (folder / "arriving").mkdir()
-    (folder / "arriving" / "two_1.0_all.deb").write_bytes(b"half of it")  # of a killed call: not trusted
+    (folder / "apt-old" / "arriving").mkdir(parents=True)
+    (folder / "apt-old" / "arriving" / "two_1.0_all.deb").write_bytes(b"half of it")  # of a killed call: not trusted
     debs = apt.fetch(["one", "two"], folder)
     assert debs["one"].name == "one_1.0_all.deb"
     assert debs["two"].read_text() == "package two\n"

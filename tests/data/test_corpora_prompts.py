@@ -166,6 +166,12 @@ def test_splits_are_the_same_whatever_the_languages(tmp_path, packages):
         assert _rows(one, f"fr_{split}") == _rows(everything, f"fr_{split}")
     assert not (one / "audio" / "en").exists()
     assert "asterisk-core-sounds-es-g722" not in packages[-1]
+    calls = len(packages)
+    prepare("prompts", one)  # as a training does, which does not name the languages
+    assert len(packages) == calls
+    prepare("prompts", one, languages=["en", "fr"])
+    assert len(packages) == calls + 1
+    assert {row["lang"] for row in _rows(one, "speech_train")} == {"en", "fr"}
 
 
 def test_the_second_call_fetches_nothing_and_the_third_of_a_lost_file_gives_the_same_bytes(tmp_path, packages):
@@ -188,7 +194,7 @@ def test_an_unknown_language_is_an_error(tmp_path):
 
 def test_a_package_without_its_transcripts_is_an_error(tmp_path):
     deb = write_deb(tmp_path / "asterisk-core-sounds-en_2_all.deb", {"usr/share/doc/other.txt": b""})
-    with pytest.raises(CorpusError, match="no core-sounds-en.txt"):
+    with pytest.raises(CorpusError, match=r"no core-sounds-en\.txt"):
         prompts._transcripts(deb, "en")
 
 

@@ -206,7 +206,7 @@ def test_a_damaged_module_is_an_error(damage, message):
 def test_wordnet_examples():
     data = (
         b'  1 This software ... "not an example of use"\n'
-        b'00002724 29 v 01 choke 0 002 @ 00001740 v 0000 | breathe with difficulty; "She choked with emotion"; "I see"\n'
+        b'00002724 29 v 01 choke 0 002 @ 00001740 v 0000 | breathe badly; "She choked with emotion"; "I see"\n'
         b"00003133 29 v 01 pant 0 000 | no example\n"
     )
     assert list(examples(data)) == ["She choked with emotion"]

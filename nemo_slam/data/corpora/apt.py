@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,13 +17,10 @@ WAYS_OUT = (
 )
 
 
-def _apt(apt_get: str, folder: Path, *arguments: str, cwd: Path | None = None) -> None:
-    lists, cache = folder / "lists", folder / "cache"
-    (lists / "partial").mkdir(parents=True, exist_ok=True)
-    (cache / "archives" / "partial").mkdir(parents=True, exist_ok=True)
+def _apt(apt_get: str, state: Path, *arguments: str, debs: Path) -> None:
     options = {
-        "Dir::State::Lists": lists,
-        "Dir::Cache": cache,
+        "Dir::State::Lists": state / "lists",
+        "Dir::Cache": state / "cache",
         # As root, apt would switch to the user _apt, who need not be able to read our folder.
         "APT::Sandbox::User": "root",
         "Acquire::Languages": "none",
@@ -31,13 +29,15 @@ def _apt(apt_get: str, folder: Path, *arguments: str, cwd: Path | None = None) -
         "Acquire::https::Timeout": 20,
     }
     command = [apt_get, "-q", *(f"-o{key}={value}" for key, value in options.items()), *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, cwd=state / "arriving", capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode:
         tail = "\n".join((done.stdout + done.stderr).strip().splitlines()[-6:])
         raise CorpusError(
             f"apt-get {arguments[0]} failed (exit status {done.returncode}); is this machine offline, or not Debian "
             f"or Ubuntu with the main/universe component?\n{tail}\nWith the .deb files at hand, put them into "
-            f"{folder / 'debs'} and call again.\n{WAYS_OUT}"
+            f"{debs} and call again.\n{WAYS_OUT}"
         )
 
 
@@ -64,13 +64,17 @@ def fetch(packages: list[str], folder: Path) -> dict[str, Path]:
                 f"apt-get not found: this corpus comes from Debian or Ubuntu packages.\nPut the files "
                 f"{', '.join(f'{name}_*.deb' for name in missing)} into {debs}, and call again.\n{WAYS_OUT}"
             )
-        _apt(apt_get, folder, "update")
-        arriving = folder / "arriving"
-        shutil.rmtree(arriving, ignore_errors=True)
-        arriving.mkdir()
-        _apt(apt_get, folder, "download", *missing, cwd=arriving)
-        for deb in arriving.glob("*.deb"):
+        for old in folder.glob("apt-*"):
+            shutil.rmtree(old, ignore_errors=True)
+        # A folder of this call's own: an apt-get that outlived its killed parent still writes to the old one.
+        state = Path(tempfile.mkdtemp(prefix="apt-", dir=folder))
+        for needed in ("lists/partial", "cache/archives/partial", "arriving"):
+            (state / needed).mkdir(parents=True)
+        _apt(apt_get, state, "update", debs=debs)
+        _apt(apt_get, state, "download", *missing, debs=debs)
+        for deb in (state / "arriving").glob("*.deb"):
             os.replace(deb, debs / deb.name)
+        shutil.rmtree(state, ignore_errors=True)
         found = _present(debs)
     absent = [name for name in packages if name not in found]
     if absent:

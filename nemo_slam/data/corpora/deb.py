@@ -27,11 +27,11 @@ def _ar_members(path: Path) -> Iterator[tuple[str, bytes]]:
             yield name, content
 
 
-def _data_tar(path: Path) -> tuple[bytes, str]:
-    """The data archive of the package and its tarfile mode."""
+def _data_tar(path: Path) -> bytes:
+    """The data archive of the package, in a compression that tarfile reads."""
     for name, content in _ar_members(path):
         if name in ("data.tar", "data.tar.gz", "data.tar.xz", "data.tar.bz2"):
-            return content, "r:*"
+            return content
         if name == "data.tar.zst":  # Ubuntu's compression, which the standard library reads from Python 3.14 on only
             tool = shutil.which("dpkg-deb")
             if tool is None:
@@ -39,17 +39,17 @@ def _data_tar(path: Path) -> tuple[bytes, str]:
             done = subprocess.run([tool, "--fsys-tarfile", path], capture_output=True)
             if done.returncode:
                 raise CorpusError(f"{path}: damaged Debian package ({done.stderr.decode(errors='replace').strip()})")
-            return done.stdout, "r:"
+            return done.stdout
     raise CorpusError(f"{path}: damaged Debian package (no data.tar member)")
 
 
 def read_deb(path: Path) -> Iterator[tuple[str, bytes]]:
     """Yields (name without leading ./, content) of every regular file in the package."""
-    content, mode = _data_tar(path)
+    content = _data_tar(path)
     try:
-        with tarfile.open(fileobj=io.BytesIO(content), mode=mode) as archive:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:*") as archive:
             for member in archive:
-                if member.isreg():
-                    yield member.name.removeprefix("./"), archive.extractfile(member).read()
+                if member.isreg() and (file := archive.extractfile(member)):
+                    yield member.name.removeprefix("./"), file.read()
     except (tarfile.TarError, EOFError) as error:
         raise CorpusError(f"{path}: damaged Debian package ({error})") from error

@@ -18,8 +18,8 @@ _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctype
 
 
 class Espeak:
-    """eSpeak NG. The library keeps global state, its noise generator included: the same calls in the same order from
-    the start of a process give the same samples, a repeated call does not.
+    """eSpeak NG. The library keeps state from one text to the next: the same calls in the same order from the start of
+    a process give the same samples, a repeated call need not.
 
     >>> Espeak().say("hello world", voice="en-us+f2").dtype   # doctest: +SKIP
     dtype('int16')
@@ -69,6 +69,7 @@ class Espeak:
         self._check(self._library.espeak_SetVoiceByName(voice.encode()), f"set voice {voice!r}")
         self._check(self._library.espeak_SetParameter(_RATE, rate, 0), f"set rate {rate}")
         self._check(self._library.espeak_SetParameter(_PITCH, pitch, 0), f"set pitch {pitch}")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # the breath of some voices is noise
         self._samples = []
         content = text.encode() + b"\0"
         arguments = (content, ctypes.c_size_t(len(content)), 0, _POSITION_CHARACTER, 0, _UTF8, None, None)

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ def prepare_once(root: Path, name: str, request: Mapping[str, Any], build: Calla
     Args:
         root: the corpus folder.
         name: the recipe's name.
-        request: what the preparation depends on, JSON values only; another request prepares the corpus anew.
-        build: prepares the corpus and calls `finish`.
+        request: what the preparation depends on, JSON values only; another request prepares the corpus anew. None as
+            a value takes whatever a finished corpus was prepared with.
+        build: prepares the corpus and calls `finish`, whose ``about["request"]`` says what was built.
 
     Raises:
         CorpusError: ``root`` holds another corpus.
@@ -47,11 +48,18 @@ def prepare_once(root: Path, name: str, request: Mapping[str, Any], build: Calla
             return root
         logger.info("preparing corpus %s in %s", name, root)
         (root / "corpus.json").unlink(missing_ok=True)
-        for made_from_it in ("manifests", "text", "tokenizers"):
-            shutil.rmtree(root / made_from_it, ignore_errors=True)
+        for folder in ("audio", "manifests", "text", "tokenizers"):
+            shutil.rmtree(root / folder, ignore_errors=True)
         remove_leftovers(root)
         build()
     return root
+
+
+def pick_languages(languages: Sequence[str], known: Sequence[str]) -> list[str]:
+    """``languages`` in the order of ``known``. Raises ValueError if there are none, or one is not known."""
+    if not languages or set(languages) - set(known):
+        raise ValueError(f"languages {list(languages)}: expected some of {', '.join(known)}")
+    return [language for language in known if language in languages]
 
 
 def _is_done(root: Path, name: str, request: Mapping[str, Any]) -> bool:
@@ -60,8 +68,9 @@ def _is_done(root: Path, name: str, request: Mapping[str, Any]) -> bool:
         return False
     if marker.get("name") != name:
         raise CorpusError(f"{root} holds corpus {marker.get('name')!r}, not {name!r}: choose another folder (--root)")
-    if marker.get("request") != request:
-        logger.info("%s was prepared with %s, now asked for %s", root, marker.get("request"), dict(request))
+    built = marker["request"]
+    if any(value is not None and built.get(key) != value for key, value in request.items()):
+        logger.info("%s was prepared with %s, now asked for %s", root, built, dict(request))
         return False
     logger.info("corpus %s is already in %s", name, root)
     return True

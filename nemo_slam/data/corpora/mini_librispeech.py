@@ -25,8 +25,8 @@ def prepare(root: Path, source: Path | None = None) -> Path:
 
     Args:
         root: the corpus folder.
-        source: a `LibriSpeech` folder that holds train-clean-5 and dev-clean-2 already; downloaded below ``root`` if
-            None.
+        source: a `LibriSpeech` folder that holds train-clean-5 and dev-clean-2 already. None: download it below
+            ``root``, unless a finished corpus is there.
 
     Raises:
         CorpusError: the download failed, or ``source`` lacks a part; or ``root`` holds another corpus.

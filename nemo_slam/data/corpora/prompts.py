@@ -13,13 +13,12 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from nemo_slam.data.corpora import apt, sword, wordnet
 from nemo_slam.data.corpora.asterisk import NOT_TRANSLATED, Transcripts, parse_transcripts
 from nemo_slam.data.corpora.deb import read_deb
 from nemo_slam.data.corpora.files import SAMPLE_RATE, CorpusError, sha256, write_wav
-from nemo_slam.data.corpora.layout import SPLITS, Row, finish, prepare_once
+from nemo_slam.data.corpora.layout import SPLITS, Row, finish, pick_languages, prepare_once
 from nemo_slam.data.corpora.normalise import fold, normalise
 from nemo_slam.data.corpora.splits import group_splits
 
@@ -35,24 +34,25 @@ _LICENCES = {
 }
 
 
-def prepare(root: Path, languages: Sequence[str] = LANGUAGES) -> Path:
-    """Prepares the corpus below ``root``; returns at once if it holds these languages already.
+def prepare(root: Path, languages: Sequence[str] | None = None) -> Path:
+    """Prepares the corpus below ``root``; returns at once if it holds just these languages already.
 
     The splits do not depend on ``languages``: the transcripts of all three decide them.
+
+    Args:
+        root: the corpus folder.
+        languages: some of en, es, fr. None: all three, or whatever a finished corpus in ``root`` has.
 
     Raises:
         ValueError: a language there are no prompts for.
         CorpusError: apt-get is missing, offline, or has no such packages; or ``root`` holds another corpus.
     """
-    unknown = sorted(set(languages) - set(LANGUAGES))
-    if unknown or not languages:
-        raise ValueError(f"languages {list(languages)}: expected some of {', '.join(LANGUAGES)}")
-    request = {"languages": [language for language in LANGUAGES if language in languages], "version": VERSION}
-    return prepare_once(root, "prompts", request, lambda: _build(root, request))
+    wanted = None if languages is None else pick_languages(languages, LANGUAGES)
+    request = {"languages": wanted, "version": VERSION}
+    return prepare_once(root, "prompts", request, lambda: _build(root, wanted or list(LANGUAGES)))
 
 
-def _build(root: Path, request: dict[str, Any]) -> None:
-    wanted = request["languages"]
+def _build(root: Path, wanted: list[str]) -> None:
     work = root / "packages"
     names = [f"asterisk-core-sounds-{language}" for language in LANGUAGES]
     names += [f"asterisk-core-sounds-{language}-g722" for language in wanted] + list(_TEXT_PACKAGES)
@@ -70,7 +70,7 @@ def _build(root: Path, request: dict[str, Any]) -> None:
     text_left_out: Counter[str] = Counter()
     about = {
         "name": "prompts",
-        "request": request,
+        "request": {"languages": wanted, "version": VERSION},
         "synthetic": False,
         "speakers": "one a language; English and Spanish share theirs",
         "licences": _LICENCES,

@@ -36,8 +36,8 @@ def verses(files: Mapping[str, bytes]) -> Iterator[str]:
     if not testaments:
         raise CorpusError(f"no zText module: expected ot.bzs or nt.bzs, found {sorted(files)}")
     for testament in testaments:
-        index, places, data = (files.get(f"{testament}.{kind}") for kind in ("bzs", "bzv", "bzz"))
-        if places is None or data is None or len(index) % _BLOCK.size or len(places) % _VERSE.size:
+        index, places, data = (files.get(f"{testament}.{kind}", b"") for kind in ("bzs", "bzv", "bzz"))
+        if not (places and data) or len(index) % _BLOCK.size or len(places) % _VERSE.size:
             raise CorpusError(f"damaged zText module: {testament}.bzs, .bzv and .bzz do not fit together")
         blocks: dict[int, bytes] = {}
         for number, offset, size in _VERSE.iter_unpack(places):

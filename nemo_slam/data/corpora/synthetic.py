@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from nemo_slam.data.corpora.files import SAMPLE_RATE, write_wav
-from nemo_slam.data.corpora.layout import SPLITS, Row, finish, prepare_once
+from nemo_slam.data.corpora.layout import SPLITS, Row, finish, pick_languages, prepare_once
 from nemo_slam.data.corpora.normalise import fold
 from nemo_slam.data.corpora.splits import group_splits
 
 LANGUAGES = ("en", "es", "fr")
 VERSION = 1
+SENTENCES = 300
 FEWEST = 50  # with fewer, the hash may leave dev or test empty
 VOICES = {
     "en": ("en-us", "en-us+f2", "en-gb-x-rp+m3", "en-gb-scotland+f4"),
@@ -71,46 +71,49 @@ _TIMES = (
 )
 
 
-def prepare(root: Path, languages: Sequence[str] = LANGUAGES, sentences: int = 300) -> Path:
+def prepare(root: Path, languages: Sequence[str] | None = None, sentences: int | None = None) -> Path:
     """Prepares the corpus below ``root``; returns at once if it is there already.
 
     Args:
         root: the corpus folder.
-        languages: some of en, es, fr.
-        sentences: how many are read, in every language. Ten times as many make the text stream.
+        languages: some of en, es, fr. None: all three, or whatever a finished corpus in ``root`` has.
+        sentences: how many are read, in every language; ten times as many make the text stream. None: ``SENTENCES``,
+            or whatever a finished corpus has.
 
     Raises:
         ValueError: unknown language, or more sentences than the grammar has.
         CorpusError: eSpeak NG is not installed; or ``root`` holds another corpus.
     """
-    unknown = sorted(set(languages) - set(LANGUAGES))
-    if unknown or not languages:
-        raise ValueError(f"languages {list(languages)}: expected some of {', '.join(LANGUAGES)}")
+    wanted = None if languages is None else pick_languages(languages, LANGUAGES)
     most = len(_grammar()) // 11  # so that the text stream has others
-    if not FEWEST <= sentences <= most:
+    if sentences is not None and not FEWEST <= sentences <= most:
         raise ValueError(f"sentences {sentences}: expected {FEWEST} to {most}")
-    wanted = [language for language in LANGUAGES if language in languages]
     request = {"languages": wanted, "sentences": sentences, "version": VERSION}
-    return prepare_once(root, "synthetic", request, lambda: _build(root, request))
+    return prepare_once(
+        root, "synthetic", request, lambda: _build(root, wanted or list(LANGUAGES), sentences or SENTENCES)
+    )
 
 
 def _grammar() -> list[tuple[str, str, str]]:
     """Every sentence of the grammar as (en, es, fr)."""
-    parts = product(_SUBJECTS, _VERBS, _OBJECTS, _PLACES, _TIMES)
-    return [tuple(" ".join(words) for words in zip(*choice, strict=True)) for choice in parts]
+    sentences = []
+    for choice in product(_SUBJECTS, _VERBS, _OBJECTS, _PLACES, _TIMES):
+        english, spanish, french = (" ".join(words) for words in zip(*choice, strict=True))
+        sentences.append((english, spanish, french))
+    return sentences
 
 
-def _build(root: Path, request: dict[str, Any]) -> None:
+def _build(root: Path, languages: list[str], sentences: int) -> None:
     from nemo_slam.data.corpora.espeak import Espeak
 
     espeak = Espeak()
-    chosen = random.Random(0).sample(_grammar(), 11 * request["sentences"])
-    read, unread = chosen[: request["sentences"]], chosen[request["sentences"] :]
+    chosen = random.Random(0).sample(_grammar(), 11 * sentences)
+    read, unread = chosen[:sentences], chosen[sentences:]
     names = {f"sentence-{number:05d}": texts for number, texts in enumerate(read)}
     splits = group_splits(((name, map(fold, texts)) for name, texts in names.items()), "synthetic")
     draw = random.Random(1)
     rows: dict[str, dict[str, list[Row]]] = {}
-    for language in request["languages"]:
+    for language in languages:
         rows[language] = {split: [] for split in SPLITS}
         for name, texts in names.items():
             text, voice = texts[LANGUAGES.index(language)], draw.choice(VOICES[language])
@@ -130,10 +133,10 @@ def _build(root: Path, request: dict[str, Any]) -> None:
             rows[language][splits[name]].append(row)
     about = {
         "name": "synthetic",
-        "request": request,
+        "request": {"languages": languages, "sentences": sentences, "version": VERSION},
         "synthetic": True,
-        "speakers": {language: VOICES[language] for language in request["languages"]},
+        "speakers": {language: VOICES[language] for language in languages},
         "licences": {"speech and text": "Apache-2.0 (made here); read by eSpeak NG, itself GPL-3.0-or-later"},
     }
-    text = [texts[LANGUAGES.index(language)] for language in request["languages"] for texts in unread]
-    finish(root, rows, text, about, Counter())
+    lines = [texts[LANGUAGES.index(language)] for language in languages for texts in unread]
+    finish(root, rows, lines, about, Counter())
