@@ -42,14 +42,16 @@ def test_every_weight_of_the_encoder_is_loaded(pretrained_nemo, model_config):
     report = initialise_encoder(encoder, pretrained, 1.0)
     assert not report.left
     assert not report.unexpected
-    original = torch.load(tarfile.open(pretrained_nemo).extractfile("./model_weights.ckpt"), weights_only=True)
+    with tarfile.open(pretrained_nemo) as tar:
+        original = torch.load(tar.extractfile("./model_weights.ckpt"), weights_only=True)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, original[name]), name
 
 
 def test_too_little_loaded_stops_and_says_what_fits(pretrained_nemo):
     pretrained = read_pretrained(pretrained_nemo)
-    encoder = SLAMEncoder(**{**pretrained.architecture, "conformer": {**pretrained.architecture["conformer"], "d_model": 16}})
+    narrow = {**pretrained.architecture["conformer"], "d_model": 16}
+    encoder = SLAMEncoder(**{**pretrained.architecture, "conformer": narrow})
     with pytest.raises(ValueError, match=r"below the 95% wanted.*same model size"):
         initialise_encoder(encoder, pretrained, 0.95)
 
@@ -117,7 +119,8 @@ def test_paths_that_leave_the_archive_are_never_written(tmp_path, monkeypatch):
     monkeypatch.chdir(inside)
     buffer = io.BytesIO()
     torch.save({"speech_encoder.x": torch.zeros(1)}, buffer)
-    members = {"..__model_config.yaml": valid_config(), "..__..__model_weights.ckpt": buffer.getvalue(), "__tmp__evil": b"x"}
+    weights = buffer.getvalue()
+    members = {"..__model_config.yaml": valid_config(), "..__..__model_weights.ckpt": weights, "__tmp__evil": b"x"}
     before = sorted(tmp_path.rglob("*"))
     path = archive(tmp_path / "walk.nemo", **members)
     assert read_pretrained(path).weights.keys() == {"speech_encoder.x"}
@@ -133,5 +136,5 @@ def test_a_link_is_not_followed(tmp_path):
         info = tarfile.TarInfo("model_config.yaml")
         info.type, info.linkname = tarfile.SYMTYPE, str(secret)
         tar.addfile(info)
-    with pytest.raises(ValueError, match="holds no model_config.yaml"):
+    with pytest.raises(ValueError, match="holds no model_config"):
         read_config(path)

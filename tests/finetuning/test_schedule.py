@@ -22,7 +22,8 @@ def rates(steps, groups, **options):
 
 
 def test_groups_have_their_own_peak_warmup_and_start():
-    slow, fast = rates(12, [{"lr": 3.0, "warmup_steps": 3, "frozen_steps": 4}, {"lr": 1.0}], warmup_steps=1, decay="constant")
+    groups = [{"lr": 3.0, "warmup_steps": 3, "frozen_steps": 4}, {"lr": 1.0}]
+    slow, fast = rates(12, groups, warmup_steps=1, decay="constant")
     torch.testing.assert_close(slow, torch.tensor([0, 0, 0, 0, 0.75, 1.5, 2.25, 3, 3, 3, 3, 3], dtype=torch.float64))
     torch.testing.assert_close(fast, torch.tensor([0.5] + [1.0] * 11, dtype=torch.float64))
 

@@ -1,0 +1,85 @@
+"""Tables of scores by group, and the evaluate script's contract."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from nemo_slam.evaluation.scoring import Options, compare, read_transcripts, score
+
+ROWS = [
+    {"audio_filepath": "a.wav", "lang": "es", "text": "uno dos", "pred_text": "uno dos"},
+    {"audio_filepath": "b.wav", "lang": "es", "text": "tres", "pred_text": "dos"},
+    {"audio_filepath": "c.wav", "lang": "en", "text": "one two three", "pred_text": "one two three"},
+]
+WER = Options(("wer",), resamples=50)
+
+
+@pytest.fixture
+def evaluate():
+    """scripts/evaluate.py as a module."""
+    path = Path(__file__).parents[2] / "scripts" / "evaluate.py"
+    spec = importlib.util.spec_from_file_location("evaluate_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    return module.main()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_scores_by_language():
+    groups = score(ROWS, WER)["groups"]
+    assert {name: group["wer"]["value"] for name, group in groups.items()} == {
+        "all": pytest.approx(100 / 6),
+        "lang=es": pytest.approx(100 / 3),
+        "lang=en": 0.0,
+    }
+
+
+def test_difference_is_taken_on_shared_utterances():
+    better = [{**row, "pred_text": row["text"]} for row in ROWS[:2]]
+    difference = compare(ROWS, better, WER)["wer"]
+    assert difference["value"] == pytest.approx(-100 / 3)
+    assert difference["utterances"] == 2
+    with pytest.raises(ValueError, match="no utterance in common"):
+        compare(ROWS[:1], better[1:], WER)
+
+
+def test_table_and_json_from_the_command_line(evaluate, monkeypatch, tmp_path, capsys):
+    file = write(tmp_path / "t.jsonl", [*ROWS, {"text": "", "pred_text": "si", "lang": "en"}])
+    out = tmp_path / "scores" / "s.json"
+    assert run(evaluate, monkeypatch, file, "--resamples", 20, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "1 empty reference(s)" in printed
+    assert "case folded" in printed
+    assert json.loads(out.read_text())["groups"]["all"]["wer"]["value"] == pytest.approx(100 * 2 / 6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"pred_text": "x", "audio_filepath": "a.wav"}], r"line 1 \(a.wav\): no string 'text'.*--reference"),
+        ([{"text": "x"}], r"t.jsonl:1: no string 'pred_text'"),
+    ],
+)
+def test_rows_that_cannot_be_scored_are_named(evaluate, monkeypatch, tmp_path, capsys, rows, message):
+    assert run(evaluate, monkeypatch, write(tmp_path / "t.jsonl", rows)) == 2
+    import re
+
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_broken_line_is_named(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"pred_text": "a"}\n\n{"pred_text"\n')
+    with pytest.raises(ValueError, match=r"t\.jsonl:3: not JSON"):
+        read_transcripts(tmp_path / "t.jsonl")

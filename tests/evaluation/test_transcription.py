@@ -1,0 +1,90 @@
+"""Finding and cutting audio; the model's side is tested with a real one in tests/finetuning/test_finetune.py."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+
+from nemo_slam.evaluation.transcription import cut, find_items, transcribe
+
+
+class Recorder:
+    """Stands for a NeMo model: says how many seconds it heard, and notes the batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def transcribe_generator(self, audio, config):
+        assert config.pad_min_duration == 0.0
+        self.batches.append([len(a) / 16000 for a in audio])
+        yield [f"{len(a) / 16000:g}" for a in audio]
+
+
+def wav(path, seconds, rate=16000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(int(seconds * 100))
+    soundfile.write(path, 0.1 * rng.standard_normal(int(seconds * rate)), rate)
+    return path
+
+
+def test_files_folders_and_manifests_in_order_with_errors_beside(tmp_path):
+    wav(tmp_path / "folder" / "b.wav", 0.5)
+    wav(tmp_path / "folder" / "deep" / "a.flac", 0.75)
+    (tmp_path / "folder" / "notes.txt").write_text("no audio")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.wav").write_text("no audio")
+    rows = [
+        {"audio_filepath": "folder/b.wav", "duration": 0.25, "offset": 0.25, "text": "hola", "lang": "es", "other": 1},
+        {"duration": 1.0},
+        {"audio_filepath": "missing.wav", "duration": 1.0},
+    ]
+    manifest = tmp_path / "m.json"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs = [tmp_path / "bad.wav", tmp_path / "folder", tmp_path / "empty", manifest]
+    items = list(transcribe(Recorder(), find_items(inputs), batch_size=2))
+    assert [item.row.get("pred_text") for item in items] == [None, "0.5", "0.75", None, "0.25", None, None]
+    assert items[4].row == {
+        "audio_filepath": str(tmp_path / "folder" / "b.wav"),
+        "duration": 0.25,
+        "text": "hola",
+        "lang": "es",
+        "offset": 0.25,
+        "pred_text": "0.25",
+    }
+    assert "bad.wav: not readable as audio" in items[0].problem
+    assert "empty: no audio" in items[3].problem
+    assert "m.json:2: missing key" in items[5].problem
+    assert "missing.wav" in items[6].problem
+
+
+def test_batches_hold_utterances_of_similar_length(tmp_path):
+    lengths = [0.5, 2.0, 0.75, 1.5]
+    model = Recorder()
+    items = list(transcribe(model, find_items(wav(tmp_path / f"{s}.wav", s) for s in lengths), batch_size=2))
+    assert model.batches == [[0.5, 0.75], [1.5, 2.0]]
+    assert [item.row["pred_text"] for item in items] == ["0.5", "2", "0.75", "1.5"]
+
+
+def test_other_rates_are_resampled(tmp_path):
+    (item,) = transcribe(Recorder(), find_items([wav(tmp_path / "x.wav", 1.0, rate=8000)]))
+    assert item.row["pred_text"] == "1"
+
+
+def test_long_audio_is_cut_where_it_is_quiet_and_nothing_is_lost():
+    audio = np.random.default_rng(0).standard_normal(16000 * 9).astype(np.float32)
+    for second in (1.8, 3.6):  # within the last quarter of 2 s, then of the piece that begins at 1.8 s
+        audio[int(second * 16000) : int((second + 0.05) * 16000)] = 0
+    pieces = cut(audio, 2.0)
+    np.testing.assert_array_equal(np.concatenate(pieces), audio)
+    assert max(map(len, pieces)) <= 32000
+    ends = np.cumsum([len(p) for p in pieces]) / 16000
+    assert 1.8 <= ends[0] <= 1.85
+    assert 3.6 <= ends[1] <= 3.65
+    assert [len(p) for p in cut(audio, 9.0)] == [len(audio)]
+
+
+def test_texts_of_chunks_are_joined(tmp_path):
+    (item,) = transcribe(Recorder(), find_items([wav(tmp_path / "x.wav", 5.0)]), chunk_seconds=2.0)
+    assert sum(map(float, item.row["pred_text"].split())) == pytest.approx(5.0)
+    assert item.row["duration"] == 5.0
