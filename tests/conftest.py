@@ -100,3 +100,66 @@ def make_batch():
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A made-up corpus: 24 utterances in which each word of WORDS is a tone of 100 ms, their manifests, and text."""
+    import json
+
+    import soundfile
+
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(1)
+    time = np.arange(1600) / 16000
+    rows = []
+    for i in range(24):
+        words = rng.choice(len(WORDS), size=rng.integers(4, 12))
+        wave = np.concatenate([np.sin(2 * np.pi * (200 + 150 * w) * time) for w in words])
+        wave = 0.1 * wave + 0.01 * rng.standard_normal(len(wave))
+        soundfile.write(folder / f"{i}.wav", wave.astype(np.float32), 16000)
+        text = " ".join(WORDS[w] for w in words)
+        rows.append({"audio_filepath": f"{i}.wav", "duration": len(wave) / 16000, "text": text, "lang": "en"})
+    for name, part in (("train", rows[:18]), ("dev", rows[18:])):
+        (folder / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in part))
+        lines = [" ".join(rng.choice(WORDS, size=rng.integers(2, 9))) for _ in range(60)]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def pretrain_config(corpus: Path, tokenizer_model: Path, tmp_path: Path):
+    """A function (stage, *overrides) -> the composed config of a run of seconds on the made-up corpus."""
+    from hydra import compose, initialize_config_dir
+
+    small = [
+        "model=tiny",
+        "data.prepare=null",
+        f"data.root={corpus}",
+        f"data.tokenizer.model_path={tokenizer_model}",
+        *(f"data.{split}.{s}.manifest_filepath={corpus}/{part}.json"
+          for split, part in (("train_ds", "train"), ("validation_ds", "dev")) for s in ("speech", "pairs")),
+        *(f"data.{split}.text.text_filepath={corpus}/{part}.txt"
+          for split, part in (("train_ds", "train"), ("validation_ds", "dev"))),
+        "data.train_ds.speech.frames_per_step=400",
+        "data.train_ds.pairs.frames_per_step=200",
+        "data.train_ds.text.tokens_per_step=60",
+        "data.num_workers=0",
+        "model.conformer={d_model: 32, d_ff: 64, n_heads: 2, conv_norm_groups: 4, dropout: 0.1}",
+        "model.speech_encoder={num_layers: 1, conv_channels: 4}",
+        "model.multimodal_encoder.num_layers=1",
+        "model.text_encoder={vocab_size: 40, dropout: 0.1}",
+        "model.quantizer.num_codes=16",
+        "model.quantizer.code_dim=24",
+        "model.optim.sched.warmup_steps=4",
+        "trainer.max_steps=12",
+        "trainer.log_every_n_steps=1",
+        "trainer.val_check_interval=5",
+        "checkpoint.every_n_steps=4",
+    ]
+
+    def build(stage: int, *overrides: str):
+        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+            return compose(f"slam_stage{stage}", [*small, f"exp_manager.exp_dir={tmp_path}", *overrides])
+
+    return build

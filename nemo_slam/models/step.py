@@ -102,7 +102,6 @@ class StepOutputs:
     multimodal: dict[str, MultimodalInput]
     randomness: Randomness
     settings: StepSettings
-    training: bool
     optimizer_step: int
     frames: int
     masked_speech: dict[str, MaskedRows] = field(default_factory=dict)
@@ -196,7 +195,6 @@ def run_step(
         multimodal=multimodal,
         randomness=randomness,
         settings=settings,
-        training=encoders.training,
         optimizer_step=optimizer_step,
         frames=int(frames.sum()),
         masked_speech=masked_speech,

@@ -8,12 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
+CODE_IDS = ("sampled", "likeliest")
+
+
 @dataclass(frozen=True)
 class GumbelQuantizerConfig:
     """Attributes:
     num_codes, code_dim: one codebook (w2v-BERT: 1024 entries of width 1024).
     temperature_start, temperature_end, temperature_decay: max(end, start * decay ** step).
-    logit_init_std: standard deviation of the logits at initialisation, for normalised input.
+    logit_init_std: standard deviation of the logits at initialisation, for normalised input. The Gumbel noise has 1.3.
+    code_ids: what masked prediction predicts (unknown in the papers): ``sampled``, the code that the noise chose, or
+        ``likeliest``, the code without noise.
     """
 
     num_codes: int = 1024
@@ -21,7 +26,12 @@ class GumbelQuantizerConfig:
     temperature_start: float = 2.0
     temperature_end: float = 0.1
     temperature_decay: float = 0.999995
-    logit_init_std: float = 1.0
+    logit_init_std: float = 5.0
+    code_ids: str = "likeliest"
+
+    def __post_init__(self) -> None:
+        if self.code_ids not in CODE_IDS:
+            raise ValueError(f"code_ids: {self.code_ids!r} is not one of {', '.join(CODE_IDS)}")
 
     def temperature(self, step: int) -> float:
         """A function of the step, so that resuming needs no state."""
@@ -30,10 +40,12 @@ class GumbelQuantizerConfig:
 
 @dataclass
 class Quantized:
-    """*Shape:* vectors (M, code_dim); codes (M,) int64; probabilities (M, K) without Gumbel noise, fp32 or fp64."""
+    """*Shape:* vectors (M, code_dim); sampled (M,) int64, the vectors' codes; code_ids (M,) int64, what to predict;
+    probabilities (M, K) without Gumbel noise, fp32 or fp64."""
 
     vectors: Tensor
-    codes: Tensor
+    sampled: Tensor
+    code_ids: Tensor
     probabilities: Tensor
 
 
@@ -49,22 +61,23 @@ class GumbelQuantizer(nn.Module):
         nn.init.zeros_(self.logits.bias)
         self.codebook = nn.Parameter(torch.randn(config.num_codes, config.code_dim))
 
-    def forward(self, rows: Tensor, noise: Tensor | None, step: int) -> Quantized:
+    def forward(self, rows: Tensor, noise: Tensor, step: int) -> Quantized:
         """Quantize unmasked features.
 
         Args:
             rows: (M, D) features.
-            noise: (M, K) standard Gumbel noise, or None to take the likeliest code (validation).
+            noise: (M, K) standard Gumbel noise; in validation as well, where it is a function of the example like all else.
             step: optimizer steps so far; sets the temperature.
         """
         logits = self.logits(self.norm(rows))
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        scores = logits if noise is None else logits + noise
-        codes = scores.argmax(dim=-1)
-        hard = torch.zeros_like(scores).scatter_(-1, codes[:, None], 1.0)
+        scores = logits + noise
+        sampled = scores.argmax(dim=-1)
+        hard = torch.zeros_like(scores).scatter_(-1, sampled[:, None], 1.0)
         soft = (scores / self.config.temperature(step)).softmax(dim=-1)
         choice = hard + soft - soft.detach()
-        return Quantized(choice @ self.codebook.to(choice.dtype), codes, logits.softmax(dim=-1))
+        code_ids = sampled if self.config.code_ids == "sampled" else logits.argmax(dim=-1)
+        return Quantized(choice @ self.codebook.to(choice.dtype), sampled, code_ids, logits.softmax(dim=-1))
 
 
 def perplexity(usage: Tensor) -> Tensor:

@@ -62,10 +62,8 @@ class SpeechLoss(nn.Module):
         where = (index, masked.cu_seqlens, masked.ids, masked.epochs)
         features = outputs.features.index_select(0, index)
         num_codes = self.quantizer.config.num_codes
-        noise = None
-        if outputs.training:
-            dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-            noise = gumbel_noise(*where, key=key(f"gumbel/{prefix}"), num=num_codes, dtype=dtype, backend=backend)
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        noise = gumbel_noise(*where, key=key(f"gumbel/{prefix}"), num=num_codes, dtype=dtype, backend=backend)
         quantized = self.quantizer(features, noise, outputs.optimizer_step)
 
         distractors = sample_distractors(
@@ -73,7 +71,7 @@ class SpeechLoss(nn.Module):
         )
         contrastive_rows = (distractors[:, 0] >= 0).sum()
         if config.ignore_equal_codes:
-            equal = quantized.codes[distractors.clamp(min=0)] == quantized.codes[:, None]
+            equal = quantized.sampled[distractors.clamp(min=0)] == quantized.sampled[:, None]
             distractors = distractors.masked_fill(equal, -1)
         contexts = self.context_projection(outputs.contexts.index_select(0, index))
         contrastive, contrast_correct = span_contrastive(
@@ -82,7 +80,7 @@ class SpeechLoss(nn.Module):
         prediction, code_correct = masked_cross_entropy(
             outputs.hidden,
             outputs.to_multimodal(multimodal, "speech", index),
-            quantized.codes,
+            quantized.code_ids,
             self.code_head.weight,
             self.code_head.bias,
             backend=backend,
@@ -99,7 +97,7 @@ class SpeechLoss(nn.Module):
             Metric(f"{prefix}/code_accuracy", code_correct.sum(), total),
             Metric(f"{prefix}/mask_rate", total, count(int(outputs.packed_speech.lengths[prefix].sum()), total)),
         ]
-        usage = torch.bincount(quantized.codes, minlength=num_codes)
+        usage = torch.bincount(quantized.code_ids, minlength=num_codes)
         return ObjectiveOutput(losses, metrics, [Histogram(f"{prefix}/code", usage, loss=f"{prefix}/codes")])
 
     def _diversity(self, quantized: Quantized, name: str, weight: float) -> Loss:
@@ -109,7 +107,7 @@ class SpeechLoss(nn.Module):
         """
         ranks = world_size()
         local = quantized.probabilities.sum(dim=0)
-        reduced = sum_over_ranks(torch.cat([local.detach(), count(len(quantized.codes), local)[None]]))
+        reduced = sum_over_ranks(torch.cat([local.detach(), count(len(quantized.code_ids), local)[None]]))
         usage = (local + (reduced[:-1] - local.detach())) / reduced[-1].clamp(min=1)
         present = (reduced[-1] > 0).to(local.dtype)
         diversity = present * (1 - perplexity(usage) / usage.numel())

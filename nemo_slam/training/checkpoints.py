@@ -49,6 +49,7 @@ class StepCheckpoint(Callback):
         self._saved_at = -1
         self._terminated = False
         self._random_state: dict[str, Any] | None = None
+        self._previous_handler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
@@ -57,9 +58,15 @@ class StepCheckpoint(Callback):
                 logging.warning(f"removing {leftover}: a save that was cut off")
                 leftover.unlink()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = trainer.global_step
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        # In place of Lightning's handler, which ends the process at the next batch without saving.
+        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
+            self._previous_handler = None
 
     def _on_sigterm(self, number: int, frame: object) -> None:
         self._terminated = True
@@ -69,6 +76,11 @@ class StepCheckpoint(Callback):
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
         checkpoint["random_state"] = state
+        # Lightning counts a batch as completed only after the hook that saves, and would number it again after a resume: with
+        # gradient accumulation, every later step would end one micro-batch early.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["current"], progress["total"]):
+            counts["completed"] = counts["processed"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_state = checkpoint.get("random_state")
@@ -92,6 +104,7 @@ class StepCheckpoint(Callback):
         if stop:
             logging.warning(f"SIGTERM: saved step {step}, stopping; the same command resumes from here")
             trainer.should_stop = True
+            trainer.limit_val_batches = 0  # Lightning validates before it stops; a terminated run has no time for that
 
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of the current step, all ranks together, then drop the oldest beyond ``keep_last``."""

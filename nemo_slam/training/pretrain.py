@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils import logging
-from nemo.utils.exp_manager import exp_manager
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_slam.data.bad_rows import BadRows
@@ -46,8 +46,21 @@ def prepare_data(data: DictConfig, vocab_size: int) -> None:
     ensure_tokenizer(data.root, vocab_size)
 
 
+def make_loggers(node: DictConfig, run_folder: Path) -> list[Logger]:
+    """TensorBoard and Weights & Biases by the flags of NeMo's experiment manager.
+
+    The manager itself would move what lies in the run folder away at every start, ``metrics.csv`` included.
+    """
+    loggers: list[Logger] = []
+    if node.create_tensorboard_logger:
+        loggers.append(TensorBoardLogger(save_dir=run_folder, name="", version=""))
+    if node.create_wandb_logger:
+        loggers.append(WandbLogger(save_dir=run_folder, **OmegaConf.to_container(node.wandb_logger_kwargs, resolve=True)))
+    return loggers
+
+
 def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others: Callback) -> Trainer:
-    """Lightning's trainer and NeMo's experiment manager (loggers only: the run folder and the checkpoints are ours)."""
+    """Lightning's trainer with our checkpoints, metrics and loggers."""
     callbacks = [
         # Metrics before checkpoints: a checkpoint at step k then implies that row k is written.
         metrics,
@@ -64,25 +77,8 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        logger=False,
+        logger=make_loggers(cfg.exp_manager, run_folder),
     )
-    manager = OmegaConf.to_container(cfg.exp_manager, resolve=True)
-    manager.pop("exp_dir")
-    level = logging.getEffectiveLevel()
-    logging.setLevel(logging.WARNING)  # it prints its whole schema
-    try:
-        exp_manager(
-            trainer,
-            {
-                **manager,
-                "explicit_log_dir": str(run_folder),
-                "create_checkpoint_callback": False,
-                "create_preemption_callback": False,
-                "log_step_timing": False,
-            },
-        )
-    finally:
-        logging.setLevel(level)
     return trainer
 
 

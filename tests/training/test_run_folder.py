@@ -1,0 +1,76 @@
+"""metrics.csv survives kills, resumes and new columns; the accumulator's averages are those of all examples."""
+
+import csv
+import math
+
+import pytest
+import torch
+
+from nemo_slam.objectives.base import Histogram, Loss, Metric, ObjectiveOutput
+from nemo_slam.training.metrics import MetricAccumulator
+from nemo_slam.training.run_folder import MetricsFile
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_are_appended_and_columns_may_come_later(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.csv")
+    file.open_at(0)
+    file.append({"step": 10, "loss": 3.0})
+    file.append({"step": 20, "loss": 2.0})
+    file.append({"step": 20, "val_loss": 2.5})
+    rows = read(tmp_path / "metrics.csv")
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "step,loss,val_loss"
+    assert [(r["step"], r["loss"], r["val_loss"]) for r in rows] == [("10", "3.0", ""), ("20", "2.0", ""), ("20", "", "2.5")]
+
+
+@pytest.mark.parametrize("torn", ["", "30,1.", "3"])
+def test_a_resume_drops_later_rows_and_a_torn_line(tmp_path, torn):
+    first = MetricsFile(tmp_path / "metrics.csv")
+    first.open_at(0)
+    for step in (10, 20, 30):
+        first.append({"step": step, "loss": 1.0, "lr": 0.1})
+    with first.path.open("a") as file:
+        file.write(torn)
+    second = MetricsFile(tmp_path / "metrics.csv")
+    second.open_at(20)
+    assert [row["step"] for row in read(second.path)] == ["10", "20"]
+    second.append({"step": 30, "loss": 2.0, "lr": 0.1})
+    assert [row["loss"] for row in read(second.path)] == ["1.0", "1.0", "2.0"]
+
+
+def output(loss, count, histogram=None):
+    total = torch.tensor(float(loss))
+    return ObjectiveOutput(
+        [Loss("codes", total, torch.tensor(float(count)), weight=0.5)],
+        [Metric("accuracy", torch.tensor(3.0), torch.tensor(float(count)))],
+        [] if histogram is None else [Histogram("code", torch.tensor(histogram), loss="codes")],
+    )
+
+
+def test_averages_weigh_every_example_alike():
+    metrics = MetricAccumulator()
+    metrics.update(output(30.0, 10, [3, 0, 1]), {"frames": 5.0})
+    metrics.update(output(2.0, 2, [1, 3, 0]), {"frames": 7.0})
+    figures = metrics.flush()
+    assert figures["codes"] == pytest.approx(32 / 12)
+    assert figures["loss"] == pytest.approx(0.5 * 32 / 12)
+    assert figures["accuracy"] == pytest.approx(6 / 12)
+    assert figures["frames"] == 12
+    usage = [4 / 8, 3 / 8, 1 / 8]
+    entropy = -sum(p * math.log(p) for p in usage)
+    assert figures["code_perplexity"] == pytest.approx(math.exp(entropy))
+    assert figures["code_information_gain"] == pytest.approx(entropy - 32 / 12)
+    assert figures["code_top_share"] == 0.5
+    assert metrics.flush() == {}
+
+
+def test_a_loss_without_examples_is_not_a_number_and_not_in_the_sum():
+    metrics = MetricAccumulator()
+    metrics.update(output(0.0, 0), {})
+    figures = metrics.flush()
+    assert math.isnan(figures["codes"])
+    assert figures["loss"] == 0.0
