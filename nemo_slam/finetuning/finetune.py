@@ -13,14 +13,14 @@ from nemo.utils import logging
 from nemo.utils.model_utils import import_class_by_path
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_slam.data.bad_rows import BadRows
+from nemo_slam.data.bad_rows import BadRows, EmptyStreamError
 from nemo_slam.data.manifest import expand_paths
-from nemo_slam.data.tokenizer import train_tokenizer
+from nemo_slam.data.tokenizer import train_on_lines
 from nemo_slam.finetuning.loader import FineTuningData
 from nemo_slam.finetuning.metrics import FineTuneMetrics
 from nemo_slam.finetuning.pretrained import Pretrained, encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.finetuning.schedule import FreezeEncoder
-from nemo_slam.finetuning.transcripts import TranscriptStream
+from nemo_slam.finetuning.transcripts import TranscriptStream, read_texts
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR
 from nemo_slam.training.checkpoints import finished_checkpoints
 from nemo_slam.training.pretrain import make_trainer, save_nemo
@@ -74,8 +74,12 @@ def tokenizer_dir(cfg: DictConfig, run_folder: Path) -> Path:
         return folder
     folder = run_folder / "tokenizer"
     if not (folder / "tokenizer.model").is_file():
-        manifests = _manifests(cfg.data, "train_ds")
-        train_tokenizer(manifests, folder, cfg.tokenizer.vocab_size, allow_smaller=True)
+        key, manifests = cfg.data.train_ds.text_key, _manifests(cfg.data, "train_ds")
+        texts = list(read_texts(manifests, key))
+        if not texts:
+            names = ", ".join(map(str, manifests))
+            raise EmptyStreamError(f"data.train_ds: no row of {names} has a string {key!r} (data.train_ds.text_key)")
+        train_on_lines(texts, folder, cfg.tokenizer.vocab_size, allow_smaller=True)
     return folder
 
 

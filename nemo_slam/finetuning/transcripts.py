@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from nemo_slam.data.audio_rows import COLUMNS, TAR_COLUMNS, AudioRows, scan_audi
 from nemo_slam.data.bad_rows import BadRow, BadRows, DataError
 from nemo_slam.data.config import parse_stream
 from nemo_slam.data.index import IndexBuilder, open_index
-from nemo_slam.data.manifest import Files, RowError, expand_paths, parse_json, string_value
+from nemo_slam.data.manifest import Files, RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
@@ -129,6 +130,14 @@ class TranscriptStream(Stream):
         """The given examples, (B,) each; those that cannot be loaded are left out and listed."""
         kept, audio, lengths = self._audio.load(ids, step)
         return Utterances(audio, lengths, [self.text(i) for i in ids[kept]])
+
+
+def read_texts(manifests: Sequence[Path], key: str) -> Iterator[str]:
+    """The target texts of manifests; rows without one are left to the stream, which lists them."""
+    for manifest in manifests:
+        for _, _, raw in scan_lines(manifest):
+            with suppress(RowError):
+                yield string_value(parse_json(raw), key).strip()
 
 
 def ctc_frames_needed(tokens: list[int]) -> int:

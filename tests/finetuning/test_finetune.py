@@ -1,0 +1,237 @@
+"""The whole path: a pre-trained .nemo becomes a stock NeMo model that resumes exactly, restores and transcribes."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hydra import compose, initialize_config_dir
+from nemo.collections.asr.models import ASRModel, EncDecCTCModelBPE
+from tones import write_corpus
+
+from nemo_slam.data.bad_rows import EmptyStreamError
+from nemo_slam.finetuning.finetune import finetune
+from nemo_slam.finetuning.loader import TranscriptDataset
+from nemo_slam.training.initialise import read_weights
+
+CONF = Path(__file__).parents[2] / "conf" / "finetuning"
+
+
+def config(corpus, exp_dir, *overrides, name="asr_ctc"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(
+            name,
+            overrides=[
+                "model=tiny",
+                "data.prepare=null",
+                f"data.train_ds.manifest_filepath={corpus}",
+                f"data.validation_ds.manifest_filepath={corpus}",
+                "data.train_ds.frames_per_step=300",
+                "data.num_workers=0",
+                "tokenizer.vocab_size=16",
+                "trainer.max_steps=6",
+                "trainer.log_every_n_steps=1",
+                "trainer.val_check_interval=4",
+                "trainer.accelerator=cpu",
+                "checkpoint.every_n_steps=2",
+                f"exp_manager.exp_dir={exp_dir}",
+                "exp_manager.create_tensorboard_logger=false",
+                *overrides,
+            ],
+        )
+
+
+def scratch(corpus, exp_dir, *overrides):
+    """A very small encoder of its own, for what needs no pre-trained one."""
+    small = ["conformer.d_model=16", "conformer.d_ff=32", "conformer.n_heads=2", "conformer.conv_norm_groups=4"]
+    layers = ["speech_encoder.num_layers=1", "speech_encoder.conv_channels=4", "multimodal_encoder.num_layers=1"]
+    return config(corpus, exp_dir, *(f"model.encoder.{key}" for key in [*small, *layers]), *overrides)
+
+
+def rows(run_folder):
+    with open(run_folder / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    """A run folder of six steps from a pre-trained encoder that is frozen for two, and the encoder's weights before."""
+    from nemo_slam.models.pretraining import SLAMPretrainingModel
+
+    folder = tmp_path_factory.mktemp("straight")
+    torch.manual_seed(5)
+    nemo = folder / "slam.nemo"
+    SLAMPretrainingModel(pretraining_node(folder, corpus)).save_to(str(nemo))
+    overrides = [f"init_from={nemo}", "freeze_encoder_steps=2", "model.encoder.conformer.dropout=0.1"]
+    return finetune(config(corpus, folder, *overrides)), overrides
+
+
+def pretraining_node(folder, corpus):
+    from omegaconf import OmegaConf
+
+    from nemo_slam.data.tokenizer import train_tokenizer
+
+    spm = train_tokenizer([corpus], folder / "spm", 16, allow_smaller=True)
+    return OmegaConf.create(
+        {
+            "preprocessor": {
+                "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+                "features": 80,
+                "dither": 0.0,
+                "pad_to": 0,
+            },
+            "tokenizer": {"model_path": str(spm / "tokenizer.model")},
+            "conformer": {"d_model": 32, "d_ff": 64, "n_heads": 2, "conv_norm_groups": 4},
+            "speech_encoder": {"num_layers": 1, "conv_channels": 4},
+            "text_encoder": {"vocab_size": 16},
+            "multimodal_encoder": {"num_layers": 1},
+            "quantizer": {"num_codes": 8, "code_dim": 8},
+            "objectives": {"masked_speech": {}},
+        }
+    )
+
+
+def test_resume_after_a_kill_is_as_if_never_stopped(straight, corpus, tmp_path, monkeypatch):
+    expected, overrides = straight
+    get = TranscriptDataset.__getitem__
+
+    def killed(self, number):
+        if number == 2 and not self.once:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return get(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TranscriptDataset, "__getitem__", killed)
+        run_folder = finetune(config(corpus, tmp_path, *overrides))
+    assert not (run_folder / "asr_ctc.nemo").exists()
+    assert rows(run_folder)[-1]["step"] == "2"  # batch 2 was loaded ahead of step 3
+
+    assert finetune(config(corpus, tmp_path, *overrides)) == run_folder
+    assert rows(run_folder) == rows(expected)
+    weights, wanted = (read_weights(folder / "asr_ctc.nemo") for folder in (run_folder, expected))
+    assert weights.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(weights[name], wanted[name])] == []
+
+
+def test_rates_differ_and_the_encoder_begins_late(straight):
+    training = [row for row in rows(straight[0]) if row["loss"]]
+    assert [row["step"] for row in training] == list("123456")
+    encoder = [float(row["lr_encoder"]) for row in training]
+    assert encoder[0] == 0.0  # steps 1 and 2 are frozen; row k shows the rate of step k + 1
+    assert encoder[1] > 0
+    assert all(float(row["lr"]) > rate for row, rate in zip(training, encoder, strict=True))
+
+
+def test_frozen_run_keeps_the_pretrained_encoder(straight, corpus, tmp_path):
+    run_folder = finetune(config(corpus, tmp_path, *straight[1], "freeze_encoder_steps=6"))
+    before = read_weights(straight[1][0].removeprefix("init_from="))
+    after = read_weights(run_folder / "asr_ctc.nemo")
+    parts = [name for name in before if name.startswith(("speech_encoder", "multimodal_encoder"))]
+    assert parts
+    assert all(torch.equal(before[name], after[f"encoder.{name}"]) for name in parts)
+    trained = read_weights(straight[0] / "asr_ctc.nemo")
+    assert any(not torch.equal(before[name], trained[f"encoder.{name}"]) for name in parts)
+
+
+def test_result_is_a_stock_model_with_the_pretrained_features(straight):
+    path = straight[0] / "asr_ctc.nemo"
+    model = ASRModel.restore_from(str(path), map_location="cpu")
+    assert type(model) is EncDecCTCModelBPE
+    assert model.cfg.encoder.conformer.d_model == 32
+    assert model.cfg.preprocessor.pad_to == 0
+    assert model.cfg.validation_ds.shuffle is False
+    assert not [name for name in read_weights(path) if "_extra_state" in name]
+
+
+def speak(model):
+    """Give an untrained model's greedy output something to say, by chance, instead of blanks only."""
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        layer = model.decoder.decoder_layers[0]
+        layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
+        layer.bias.zero_()
+    return model.eval()
+
+
+@pytest.fixture
+def waves(tmp_path):
+    """Paths and arrays of 1.0, 2.3 and 1.6 s."""
+    rng = np.random.default_rng(0)
+    paths, arrays = [], []
+    for seconds in (1.0, 2.3, 1.6):
+        samples = (0.1 * rng.standard_normal(int(16000 * seconds))).astype(np.float32)
+        paths.append(str(tmp_path / f"{seconds}.wav"))
+        soundfile.write(paths[-1], samples, 16000, subtype="FLOAT")
+        arrays.append(samples)
+    return paths, arrays
+
+
+def test_transcribe_gives_each_utterance_the_same_text_however_it_comes(straight, waves):
+    model = speak(ASRModel.restore_from(str(straight[0] / "asr_ctc.nemo"), map_location="cpu"))
+    paths, arrays = waves
+    together = [h.text for h in model.transcribe(paths, batch_size=3, verbose=False)]
+    assert len(set(together)) == 3
+    assert all(together)
+    assert [model.transcribe(path, verbose=False)[0].text for path in paths] == together
+    assert [h.text for h in model.transcribe(arrays, batch_size=3, verbose=False)] == together
+    assert [h.text for h in model.transcribe(paths[::-1], batch_size=2, verbose=False)] == together[::-1]
+
+
+def test_logits_are_identical_after_save_and_restore(straight, waves, tmp_path):
+    model = speak(ASRModel.restore_from(str(straight[0] / "asr_ctc.nemo"), map_location="cpu"))
+    model.save_to(str(tmp_path / "again.nemo"))
+    again = ASRModel.restore_from(str(tmp_path / "again.nemo"), map_location="cpu").eval()
+    audio = torch.from_numpy(waves[1][1])[None]
+    with torch.no_grad():
+        length = torch.tensor([audio.shape[1]])
+        first, second = (m(input_signal=audio, input_signal_length=length)[0] for m in (model, again))
+    assert torch.equal(first, second)
+
+
+def test_script_transcribes_with_errors_beside(straight, waves, tmp_path):
+    """The part of scripts/transcribe.py that is not argument parsing."""
+    from nemo_slam.evaluation.transcription import find_items, restore, transcribe, write_line
+
+    (tmp_path / "bad.wav").write_text("no audio")
+    model = speak(restore(straight[0] / "asr_ctc.nemo"))
+    items = list(transcribe(model, find_items([tmp_path / "bad.wav", *waves[0]]), batch_size=2))
+    assert "not readable as audio" in items[0].problem
+    expected = [h.text for h in model.transcribe(waves[0], batch_size=3, verbose=False)]
+    assert [json.loads(write_line(item))["pred_text"] for item in items[1:]] == expected
+
+
+def test_a_pretraining_model_cannot_transcribe(straight):
+    from nemo_slam.evaluation.transcription import restore
+
+    with pytest.raises(ValueError, match=r"SLAMPretrainingModel, which does not transcribe: .*speech_finetune"):
+        restore(straight[1][0].removeprefix("init_from="))
+
+
+def test_bad_audio_is_left_out_and_listed(corpus, tmp_path):
+    manifest = write_corpus(tmp_path / "data", rows=6)
+    (tmp_path / "data" / "3.wav").write_text("no audio")
+    with open(manifest, "a") as file:
+        file.write("{broken\n")
+    run_folder = finetune(scratch(manifest, tmp_path, "data.validation_ds=null", "trainer.max_steps=5"))
+    listed = [json.loads(line) for line in (run_folder / "bad_rows.jsonl").read_text().splitlines()]
+    assert {(row["line"], row["stream"]) for row in listed} == {(4, "train"), (7, "train")}
+    assert (run_folder / "asr_ctc.nemo").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train_ds.manifest_filepath={}/xx.json", r"xx\.json does not exist; in .* there are manifest\.json"),
+        ("model.tokenizer.dir={}/none", r"holds no tokenizer\.model; train one with scripts/train_tokenizer\.py"),
+        ("data.train_ds.text_key=summary", "has a string 'summary'"),
+        ("init_from={}/none.nemo", r"init_from: .*none\.nemo does not exist"),
+    ],
+)
+def test_what_cannot_work_says_so_at_once(corpus, tmp_path, override, message):
+    with pytest.raises((FileNotFoundError, EmptyStreamError), match=message):
+        finetune(scratch(corpus, tmp_path, override.format(corpus.parent)))
