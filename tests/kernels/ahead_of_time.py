@@ -1,7 +1,7 @@
 """Compiles the kernels to machine code for several GPUs without having one, and reads what they would use.
 
-Runs in a process of its own, without TRITON_INTERPRET: ``python ahead_of_time.py --out FILE``. One line of JSON a kernel
-and target: registers, bytes spilled, and how global memory is read and written.
+Runs in a process of its own, without TRITON_INTERPRET. One line of JSON a kernel
+and target: registers, spills, and how global memory is read and written.
 """
 
 from __future__ import annotations

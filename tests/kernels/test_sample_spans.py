@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import BACKEND, INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_batches import BIG_ID, KEY, examples, layout
@@ -51,7 +52,7 @@ def test_budget_equals_oracle(span, rate, backend):
         assert mask.all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=7 if INTERPRETED else 30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 60), min_size=1, max_size=6),
     span=st.integers(1, 12),
@@ -61,12 +62,11 @@ def test_budget_equals_oracle(span, rate, backend):
     epoch=st.integers(0, 2**32 - 1),
 )
 def test_any_shape(lengths, span, share, budget, first, epoch):
-    from conftest import INTERPRETED
 
     ids = torch.arange(first, first + len(lengths))
     epochs = torch.full_like(ids, epoch)
     options = {"rate": share} if budget else {"start_probability": share}
-    check(lengths, "triton" if INTERPRETED else "torch", ids, epochs, span=span, **options)
+    check(lengths, BACKEND, ids, epochs, span=span, **options)
 
 
 @pytest.mark.parametrize("options", [{"start_probability": 0.5}, {"rate": 0.5}])

@@ -65,7 +65,9 @@ def open_uniform(words: torch.Tensor) -> torch.Tensor:
 def gaussian(words: torch.Tensor) -> torch.Tensor:
     """Box-Muller: standard normal float32, two neighbouring words make two. *Shape:* ``(..., 2 n)`` -> the same."""
     first, second = words[..., 0::2], words[..., 1::2]
-    radius = (log(open_uniform(first)) * -2.0).sqrt()
+    # PyTorch's float32 square root is not always the nearest float32 and depends on the tensor's size; by way of
+    # float64 it is the nearest, which is what other devices give.
+    radius = (log(open_uniform(first)) * -2.0).double().sqrt().float()
     cos, sin = cos_sin_turn(second >> 8)
     return torch.stack((radius * cos, radius * sin), dim=-1).flatten(-2)
 
