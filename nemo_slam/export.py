@@ -8,7 +8,7 @@ from nemo.core.classes import ModelPT
 from nemo.utils.model_utils import import_class_by_path
 from omegaconf import OmegaConf, open_dict
 
-from nemo_slam.finetuning.finetune import MINIMUM_INITIALISED
+from nemo_slam.finetuning.finetune import MINIMUM_INITIALISED, check_tokenizer
 from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.training.initialise import LoadReport
 from nemo_slam.training.pretrain import save_nemo
@@ -30,9 +30,7 @@ def build_stock_model(source: str | Path, to: str, tokenizer: str | Path) -> tup
     """
     if to not in TARGETS:
         raise ValueError(f"--to: {to!r} is not one of {', '.join(TARGETS)}")
-    tokenizer = Path(tokenizer)
-    if not (tokenizer / "tokenizer.model").is_file():
-        raise FileNotFoundError(f"--tokenizer: {tokenizer} holds no tokenizer.model; see scripts/train_tokenizer.py")
+    tokenizer = check_tokenizer(tokenizer, "--tokenizer")
     pretrained = read_pretrained(source)
     node = {
         "target": TARGETS[to],

@@ -58,6 +58,20 @@ def _manifests(data: DictConfig, split: str) -> list[Path]:
     return expand_paths([paths] if isinstance(paths, str) else list(paths))
 
 
+def check_tokenizer(folder: str | Path, where: str) -> Path:
+    """The folder, which must hold what NeMo's BPE models read.
+
+    Raises:
+        FileNotFoundError: it does not.
+    """
+    for name in ("tokenizer.model", "tokenizer.vocab", "vocab.txt"):
+        if not (Path(folder) / name).is_file():
+            raise FileNotFoundError(
+                f"{where}: {folder} holds no {name}; train a tokenizer with scripts/train_tokenizer.py"
+            )
+    return Path(folder)
+
+
 def tokenizer_dir(cfg: DictConfig, run_folder: Path) -> Path:
     """The folder of ``model.tokenizer.dir``, or one in the run folder, trained on the training manifest's targets.
 
@@ -65,13 +79,7 @@ def tokenizer_dir(cfg: DictConfig, run_folder: Path) -> Path:
         FileNotFoundError: the named folder holds no tokenizer.
     """
     if cfg.model.tokenizer.dir is not None:
-        folder = Path(cfg.model.tokenizer.dir)
-        if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(
-                f"model.tokenizer.dir: {folder} holds no tokenizer.model; train one with scripts/train_tokenizer.py, "
-                "or set model.tokenizer.dir=null to train one on the training manifest"
-            )
-        return folder
+        return check_tokenizer(cfg.model.tokenizer.dir, "model.tokenizer.dir")
     folder = run_folder / "tokenizer"
     if not (folder / "tokenizer.model").is_file():
         key, manifests = cfg.data.train_ds.text_key, _manifests(cfg.data, "train_ds")

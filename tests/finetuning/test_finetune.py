@@ -227,7 +227,7 @@ def test_bad_audio_is_left_out_and_listed(corpus, tmp_path):
     ("override", "message"),
     [
         ("data.train_ds.manifest_filepath={}/xx.json", r"xx\.json does not exist; in .* there are manifest\.json"),
-        ("model.tokenizer.dir={}/none", r"holds no tokenizer\.model; train one with scripts/train_tokenizer\.py"),
+        ("model.tokenizer.dir={}/none", r"holds no tokenizer\.model; train a tokenizer with scripts/train_tokenizer\.py"),
         ("data.train_ds.text_key=summary", "has a string 'summary'"),
         ("init_from={}/none.nemo", r"init_from: .*none\.nemo does not exist"),
     ],
