@@ -43,6 +43,14 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_file_is_replaced_and_never_rewritten_in_place(tmp_path):
+    target, reader = tmp_path / "file.txt", tmp_path / "open_elsewhere"
+    write_text(target, "old")
+    os.link(target, reader)
+    write_text(target, "new")
+    assert (target.read_text(), reader.read_text()) == ("new", "old")
+
+
 def test_a_killed_preparation_leaves_nothing_a_rerun_trusts(tmp_path):
     """SIGKILL in the middle of a manifest: no manifest of that name, no marker; the rerun cleans up and completes."""
     script = f"""
@@ -65,6 +73,7 @@ prepare_once(root, "tiny", {REQUEST!r}, build)
     assert list(tmp_path.rglob(".partial-*"))
     assert read_marker(tmp_path) is None
 
+    (tmp_path / ".partial-marker").write_text("as a kill in the last file leaves it")
     prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
     assert not list(tmp_path.rglob(".partial-*"))
     assert "killed" not in (tmp_path / "text" / "train.txt").read_text()
@@ -98,6 +107,14 @@ def test_another_request_prepares_anew_and_drops_what_was_made_from_the_old_text
     assert read_marker(tmp_path)["request"] == other
     assert not (tmp_path / "tokenizers").exists()
     assert not (tmp_path / "manifests" / "es_train.json").exists()
+
+
+def test_the_old_marker_is_gone_before_a_new_preparation_writes(tmp_path):
+    """Else it would vouch for the files of one that is killed before its own marker."""
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    seen = []
+    prepare_once(tmp_path, "tiny", {"version": 2}, lambda: seen.append((tmp_path / "corpus.json").exists()))
+    assert seen == [False]
 
 
 def test_a_request_that_leaves_something_open_takes_what_is_there(tmp_path):

@@ -113,6 +113,7 @@ def test_fetch_asks_only_for_what_is_missing(tmp_path, apt_get):
     debs = apt.fetch(["one", "two"], folder)
     assert debs["one"].name == "one_1.0_all.deb"
     assert debs["two"].read_text() == "package two\n"
+    assert [path.name for path in folder.iterdir()] == ["debs"]
     assert apt_get.read_text().splitlines()[-1].endswith("download two")
     apt_get.write_text("")
     assert apt.fetch(["one", "two"], folder) == debs

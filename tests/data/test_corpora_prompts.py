@@ -18,6 +18,8 @@ from nemo_slam.data.corpora.normalise import fold
 G722 = pytest.importorskip("G722", reason="the G.722 codec (package G722) is not installed").G722
 
 SHARED = 60  # prompt ids in every language
+# Equal but for a diacritic, under different ids; "Extension" is among them.
+NEARLY_ENGLISH = [("Extension", "Extensión!"), *((f"Pla{letter}", f"plá{letter}") for letter in "bcdfghjklm")]
 VOICE = {"en": "en_US_f_Allison", "es": "es_MX_f_Allison", "fr": "fr_CA_f_June"}
 
 
@@ -29,7 +31,10 @@ def _transcripts(language: str) -> dict[str, str]:
     for n in range(0, SHARED, 10):
         texts[f"vm-item{n}"] = f"{language} text that comes again"
     texts["digits/no"] = "No."
-    texts["vm-other"] = {"en": "Extension", "es": "Extensión!", "fr": "Poste"}[language]
+    for number, (english, spanish) in enumerate(NEARLY_ENGLISH):
+        texts[f"{language}-word{number}"] = {"en": english, "es": spanish, "fr": f"mot {'abcdefghijk'[number]}"}[
+            language
+        ]
     texts[f"only-{language}"] = "no"
     texts["beep"] = "[a beep]"
     return texts
@@ -127,7 +132,7 @@ def test_rows_and_audio(tmp_path, packages):
             english = _transcripts("en").get(prompt)
             expected = english.strip(".").lower() if english and language != "en" else None
             assert row.get("translation") == expected
-    assert seen == 3 * (SHARED + 3)
+    assert seen == 3 * (SHARED + 2 + len(NEARLY_ENGLISH))
 
 
 def test_no_prompt_id_and_no_text_crosses_splits_in_any_language(tmp_path, packages):
@@ -140,7 +145,9 @@ def test_no_prompt_id_and_no_text_crosses_splits_in_any_language(tmp_path, packa
             for key in ("text", "translation"):
                 if key in row:
                     assert texts.setdefault(fold(row[key]), split) == split
-    assert {"extension", "no"} <= texts.keys()  # in two languages each, the second under several ids
+    assert {"extension", "no"} <= texts.keys()  # in two languages each, and under several ids
+    for number in range(len(NEARLY_ENGLISH)):
+        assert ids[f"en-word{number}"] == ids[f"es-word{number}"]
     assert len({ids[f"vm-item{n}"] for n in range(0, SHARED, 10)}) == 1
 
 
