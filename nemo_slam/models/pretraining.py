@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import sentencepiece
 import torch
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
@@ -111,8 +112,6 @@ class SLAMPretrainingModel(ModelPT, Encoders):
 
     def check_tokenizer(self) -> None:
         """The embedding must hold every piece of the tokenizer."""
-        import sentencepiece
-
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer_model)).get_piece_size()
         if pieces > self.settings.text_encoder.vocab_size:
             raise ValueError(
@@ -168,10 +167,9 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         result = ObjectiveOutput()
         for objective in self.objectives:
             result.extend(objective(outputs))
-        counts = sum_over_ranks(torch.stack([loss.count for loss in result.losses])).clamp(min=torch.finfo(torch.float32).tiny)
-        total = sum(
-            loss.weight * loss.total * world_size() / counts[i] for i, loss in enumerate(result.losses)
-        )
+        # A loss without examples anywhere is 0 / 1, still connected to its parameters.
+        counts = sum_over_ranks(torch.stack([loss.count for loss in result.losses])).clamp(min=1)
+        total = sum(loss.weight * loss.total * world_size() / n for loss, n in zip(result.losses, counts, strict=True))
         return total, result, outputs
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 
@@ -33,11 +34,32 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _of_every_rank(value: Any) -> list[Any]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 class StepCheckpoint(Callback):
     """Saves every ``every_n_steps`` optimizer steps, at the end, and on SIGTERM; keeps the last ``keep_last``.
 
-    Dropout draws from torch's generator, the one piece of randomness that is not a function of the step: its state is saved,
-    and restored right before the first batch after a resume.
+    Dropout draws from torch's generator, the one piece of randomness that is not a function of the step: every rank's
+    state is saved, and restored right before the first batch after a resume.
     """
 
     def __init__(self, folder: Path, every_n_steps: int, keep_last: int):
@@ -48,7 +70,7 @@ class StepCheckpoint(Callback):
         self.keep_last = keep_last
         self._saved_at = -1
         self._terminated = False
-        self._random_state: dict[str, Any] | None = None
+        self._random_state: list[dict[str, torch.Tensor]] | None = None
         self._previous_handler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -72,10 +94,7 @@ class StepCheckpoint(Callback):
         self._terminated = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = {"cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            state["cuda"] = torch.cuda.get_rng_state()
-        checkpoint["random_state"] = state
+        checkpoint["random_state"] = _of_every_rank(_random_state())
         # Lightning counts a batch as completed only after the hook that saves, and would number it again after a resume: with
         # gradient accumulation, every later step would end one micro-batch early.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -86,11 +105,16 @@ class StepCheckpoint(Callback):
         self._random_state = checkpoint.get("random_state")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state["cpu"].cpu())
-            if "cuda" in self._random_state and torch.cuda.is_available():
-                torch.cuda.set_rng_state(self._random_state["cuda"].cpu())
-            self._random_state = None
+        states, self._random_state = self._random_state, None
+        if states is None:
+            return
+        if len(states) == trainer.world_size:
+            _set_random_state(states[trainer.global_rank])
+        else:
+            logging.warning(
+                f"the checkpoint holds the dropout state of {len(states)} ranks, this run has {trainer.world_size}: dropout "
+                "goes on from the seed; batches, masks and order are exact all the same"
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -137,10 +137,10 @@ def pretrain(cfg: DictConfig) -> Path:
 
     bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
     common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
-    train = build_streams(_needed(cfg.data.train_ds, model.streams, "train_ds"), **common)
+    train = build_streams(_needed(cfg.model.train_ds, model.streams, "train_ds"), **common)
     validation = {}
-    if cfg.data.validation_ds is not None:
-        node = _needed(cfg.data.validation_ds, model.streams, "validation_ds")
+    if cfg.model.validation_ds is not None:
+        node = _needed(cfg.model.validation_ds, model.streams, "validation_ds")
         validation = build_streams(node, **common, split="validation")
     pin = trainer.strategy.root_device.type == "cuda"
     data = SLAMDataModule(train, validation, cfg.data.num_workers, pin)
