@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from batch_helpers import exact_features, select
 
-from nemo_slam.data.batch import PairBatch, SpeechBatch, StepBatch, TextBatch
+from nemo_slam.data.batch import StepBatch
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 
 
@@ -15,18 +16,8 @@ def model(model_config):
     with torch.no_grad():  # leave no zero that would hide a path: biases, the modality table
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    model.features = lambda batch: exact_features(batch)  # NeMo's mel is float32 inside, whatever its input
+    model.features = exact_features
     return model
-
-
-def exact_features(batch):
-    """80 fixed projections of each 10 ms in float64, so that 1e-9 can be asked of all that follows."""
-    projection = torch.randn(160, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) / 4
-    frames = [p.audio_lengths // 160 for p in (batch.speech, batch.pairs) if p is not None]
-    waves = [p.audio.double() for p in (batch.speech, batch.pairs) if p is not None]
-    width = max((wave.shape[1] // 160 for wave in waves), default=0)
-    mels = [torch.nn.functional.pad(w, (0, width * 160 + 160)).unfold(1, 160, 160)[:, :width] @ projection for w in waves]
-    return torch.cat(mels).transpose(1, 2), torch.cat(frames).numpy()
 
 
 def test_mel_of_an_utterance_does_not_depend_on_its_neighbours(model_config, make_batch):
@@ -41,31 +32,7 @@ def test_mel_of_an_utterance_does_not_depend_on_its_neighbours(model_config, mak
 
 def one_of(batch: StepBatch, stream: str, i: int) -> StepBatch:
     """The batch with a single example of one stream, and no example of the others."""
-
-    def audio(part, keep):
-        lengths = part.audio_lengths[keep]
-        return part.audio[keep, : int(lengths.max()) if len(lengths) else 0], lengths
-
-    def text(tokens, lengths, keep):
-        pieces = tokens.split(lengths.tolist())
-        return torch.cat([tokens[:0], *(pieces[j] for j in keep)]), lengths[keep]
-
-    def keep(name, part):
-        return [i] if name == stream else []
-
-    s, t, p = (keep(name, None) for name in ("speech", "text", "pairs"))
-    return StepBatch(
-        step=batch.step,
-        speech=SpeechBatch(*audio(batch.speech, s), batch.speech.ids[s], batch.speech.epochs[s]),
-        text=TextBatch(*text(batch.text.tokens, batch.text.lengths, t), batch.text.ids[t], batch.text.epochs[t]),
-        pairs=PairBatch(
-            *audio(batch.pairs, p),
-            *text(batch.pairs.tokens, batch.pairs.lengths, p),
-            *text(batch.pairs.negative_tokens, batch.pairs.negative_lengths, p),
-            batch.pairs.ids[p],
-            batch.pairs.epochs[p],
-        ),
-    )
+    return select(batch, {stream: [i]})
 
 
 def outputs_of(model, batch):
@@ -85,7 +52,9 @@ def test_every_sequence_gets_what_it_gets_alone(model, make_batch):
 
     together, _ = outputs_of(model, batch)
     sum((rows @ weight).square().sum() for rows in together.values()).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
 
     alone = {key: [] for key in together}
