@@ -11,7 +11,7 @@ from nemo_slam.data.batch import PairBatch, SpeechBatch, StepBatch, TextBatch
 
 
 def exact_features(batch: StepBatch) -> tuple[torch.Tensor, np.ndarray]:
-    """80 fixed projections of each 10 ms in float64, in place of NeMo's mel, which is float32 inside: 1e-9 can then be asked."""
+    """80 fixed projections of each 10 ms in float64; NeMo's mel is float32 inside, so that 1e-9 could not be asked."""
     projection = torch.randn(160, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(9)) / 4
     frames = [p.audio_lengths // 160 for p in (batch.speech, batch.pairs) if p is not None]
     waves = [p.audio.double() for p in (batch.speech, batch.pairs) if p is not None]

@@ -1,7 +1,7 @@
 """The losses as the papers write them: one masked position after another, in float64, sums in plain loops.
 
-Nothing here knows packed layouts' index arithmetic, kernels or code of the objectives; what it is given are the encoders'
-outputs, the masks, the Gumbel noise and the distractors of a step, and the parameters.
+Nothing here knows packed layouts' index arithmetic, kernels or code of the objectives; what it is given are the
+encoders' outputs, the masks, the Gumbel noise and the distractors of a step, and the parameters.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def quantizer_logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 def contrastive(contexts, targets, codes, distractors, utterances, temperature) -> tuple[torch.Tensor, int]:
     """wav2vec 2.0, equation 3: -log exp(sim(c, q) / t) / sum over the positive and the distractors.
 
-    Distractors of the same code are left out. A frame that is its utterance's only masked one has no distractor: not counted.
+    Distractors of the same code are left out. An utterance's only masked frame has no distractor: it does not count.
     """
     total, counted = contexts.new_zeros(()), 0
     for i in range(len(contexts)):
@@ -112,8 +112,8 @@ def diversity(probabilities: torch.Tensor) -> torch.Tensor:
 def straight_through(scores: torch.Tensor, temperature: float, codebook: torch.Tensor, gradient: torch.Tensor):
     """Gradients of a hard Gumbel softmax from those of its vectors: of the scores and of the codebook.
 
-    Forward, a vector is its code's entry; backward, it is sum_k softmax(scores / t)_k entry_k, whose derivative by score j
-    is p_j (entry_j - sum_k p_k entry_k) / t. The codebook's derivative is that of the forward value.
+    Forward, a vector is its code's entry; backward, it is sum_k softmax(scores / t)_k entry_k, whose derivative by
+    score j is p_j (entry_j - sum_k p_k entry_k) / t. The codebook's derivative is that of the forward value.
     """
     by_score, by_entry = torch.zeros_like(scores), torch.zeros_like(codebook)
     for i, row in enumerate(scores):

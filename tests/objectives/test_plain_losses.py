@@ -3,6 +3,7 @@
 import plain_losses as plain
 import pytest
 import torch
+
 from slam_kernels import gumbel_noise, sample_distractors
 
 SPEECH = (2.3, 0.7, 0.25, 1.4, 1.1)  # 0.25 s is shorter than a span: an utterance without a masked frame
