@@ -28,9 +28,13 @@ class Case:
     kernel: object
     signature: dict[str, str]
     constants: dict
-    warps: int = 4
+    warps: int
+    cap: int
+    """Registers a thread it may use."""
+    wanted: dict[str, int] = field(default_factory=dict)
+    """Accesses to memory it must have at least: the hot loops' vectors."""
     options: dict = field(default_factory=dict)
-    unaligned: tuple[str, ...] = ()
+    targets: tuple[int, ...] = TARGETS
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -44,9 +48,7 @@ def compile_case(case: Case, target: int) -> dict:
     signature = {name: case.signature.get(name, "constexpr") for name in arguments}
     # What the launcher specialises at run time: pointers on 16 bytes.
     attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(arguments)
-        if signature[name].startswith("*") and name not in case.unaligned
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(arguments) if signature[name].startswith("*")
     }
     source = ASTSource(
         fn=case.kernel,
@@ -77,7 +79,6 @@ def compile_case(case: Case, target: int) -> dict:
             "stores": r"\bSTG\b",
             "spills": r"\b(?:STL|LDL)\b",
             "atomics": r"\b(?:ATOM|ATOMG|RED)\b",
-            "instructions": r"^\s*/\*[0-9a-f]{4}\*/",
         }.items()
     }
     if not count["loads"] and not count["stores"]:
