@@ -4,6 +4,7 @@
 #   make pretrain EXP_DIR=/data/runs MODEL=base    another place for run folders, another model size
 #   make setup PYTHON=python3.12                   another interpreter for .venv
 #   make setup TORCH_INDEX_URL=URL                 torch from another index, for instance CPU builds only
+#   make test PYTEST_ARGS="-k packing" JOBS=4      some tests only, in more processes
 #   make test READY_PYTHON=python3                 an environment that is set up already, as in a container: no .venv
 
 SHELL := /bin/bash
@@ -21,6 +22,7 @@ EXP_DIR ?= runs
 MODEL ?= tiny
 ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 # Tried in this order; the first that is 3.10 or newer and can make virtual environments. 3.11 is what the tests run on.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3 python3.10)
@@ -86,8 +88,9 @@ pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; 
 demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, a stock NeMo model, transcripts
 	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)" $(ARGS)
 
+# One thread in each test process: the tests are small, and more processes than cores slow each other down.
 test: setup  ## all tests
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .
