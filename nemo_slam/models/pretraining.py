@@ -18,7 +18,8 @@ from nemo_slam.models.settings import ModelSettings, model_settings
 from nemo_slam.models.step import Encoders, StepOutputs, StepSettings, run_step
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.quantizer import GumbelQuantizer
-from nemo_slam.modules.speech_encoder import SpeechEncoder
+from nemo_slam.modules.random_projection import RandomProjectionQuantizer
+from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective, ObjectiveOutput, sum_over_ranks, world_size
 from nemo_slam.objectives.masked_speech import MaskedSpeech, SpeechLoss
@@ -32,7 +33,14 @@ from nemo_slam.training.metrics import MetricAccumulator
 def build_objectives(settings: ModelSettings) -> nn.ModuleList:
     """The objectives that the config enables; those that share a loss share its parameters."""
     chosen, width = settings.objectives, settings.conformer.d_model
-    quantizer = GumbelQuantizer(settings.quantizer, width)
+    quantizer: GumbelQuantizer | RandomProjectionQuantizer
+    if settings.random_projection is not None:
+        quantizer = RandomProjectionQuantizer(
+            settings.random_projection, SUBSAMPLING_FACTOR * settings.speech_encoder.feat_in
+        )
+    else:
+        assert settings.quantizer is not None
+        quantizer = GumbelQuantizer(settings.quantizer, width)
     speech_loss = SpeechLoss(settings.speech_loss, quantizer, width)
     text_loss = TextLoss(settings.text_encoder.vocab_size)
     objectives: list[Objective] = []
@@ -104,6 +112,11 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         """Randomness must be a function of (seed, step, example): NeMo's dither is not."""
         if float(self._cfg.preprocessor.get("dither", 0.0)) != 0.0:
             raise ValueError("model.preprocessor.dither must be 0.0: it draws from a generator's state, so a resume would differ")
+        if self.settings.random_projection is not None and not self._cfg.preprocessor.get("normalize"):
+            raise ValueError(
+                "model.preprocessor.normalize must be per_feature or all_features with model.random_projection: projections of "
+                "features that are not normalised fall on a handful of codes"
+            )
         if self._cfg.preprocessor.features != self.settings.speech_encoder.feat_in:
             raise ValueError(
                 f"model.preprocessor.features is {self._cfg.preprocessor.features}, model.speech_encoder.feat_in is "

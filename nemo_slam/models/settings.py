@@ -10,6 +10,7 @@ from nemo_slam.models.step import MaskVectorConfig
 from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoderConfig
 from nemo_slam.modules.quantizer import GumbelQuantizerConfig
+from nemo_slam.modules.random_projection import RandomProjectionConfig
 from nemo_slam.modules.speech_encoder import SpeechEncoderConfig
 from nemo_slam.modules.text_encoder import TextEncoderConfig
 from nemo_slam.objectives.inputs import SpeechMasking, TokenMasking
@@ -82,11 +83,14 @@ class ModelSettings(EncoderSettings):
 
     Attributes:
         pad_multiple: packed rows are rounded up to a multiple of this.
+        quantizer: the trained one of w2v-BERT, or null.
+        random_projection: the frozen one of BEST-RQ in its place, or null.
         max_positions: upper limit of packed rows in one micro-batch of the multimodal encoder, or null.
     """
 
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    quantizer: GumbelQuantizerConfig = field(default_factory=GumbelQuantizerConfig)
+    quantizer: GumbelQuantizerConfig | None = field(default_factory=GumbelQuantizerConfig)
+    random_projection: RandomProjectionConfig | None = None
     mask_vector: MaskVectorConfig = field(default_factory=MaskVectorConfig)
     speech_loss: SpeechLossConfig = field(default_factory=SpeechLossConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
@@ -95,6 +99,15 @@ class ModelSettings(EncoderSettings):
     def __post_init__(self) -> None:
         if not any(vars(self.objectives).values()):
             raise ValueError("objectives: none is enabled; a stage needs at least one")
+        if (self.quantizer is None) == (self.random_projection is None):
+            raise ValueError("exactly one of quantizer and random_projection must be given, the other be null")
+        trained = self.speech_loss.contrastive_weight != 0 or self.speech_loss.diversity_weight != 0
+        if self.random_projection is not None and trained:
+            raise ValueError(
+                "random_projection has no trained targets: it wants speech_loss.contrastive_weight and "
+                f"speech_loss.diversity_weight 0, got {self.speech_loss.contrastive_weight} and "
+                f"{self.speech_loss.diversity_weight}"
+            )
 
 
 OTHER_KEYS = frozenset(

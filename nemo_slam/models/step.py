@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
-from nemo_slam.modules.speech_encoder import SpeechEncoder, subsampled_lengths
+from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput, TokenMasking
-from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack
+from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack, ranges
 from nemo_slam.randomness import STREAM_SHIFT, Randomness
 
 STREAMS = ("speech", "text", "pairs")
@@ -76,21 +76,29 @@ class MaskedRows:
     ids: Tensor
     epochs: Tensor
 
+    @property
+    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the keyed samplers of ``slam_kernels`` take."""
+        return self.index, self.cu_seqlens, self.ids, self.epochs
+
 
 @dataclass
 class StepOutputs:
     """Everything an objective may read.
 
     Attributes:
+        mel: log-mel (B, F, T) of the speech stream's utterances, then the pairs'.
+        mel_lengths: (B,) their 10 ms frames, on the CPU.
         features: unmasked subsampled features in the speech layout (N_s, D).
         contexts: output of the speech encoder's layers (N_s, D).
         tokens: uncorrupted token ids in the text layout (N_t,).
         hidden: output of the multimodal encoder (N, D).
         masked_speech, masked_text: by input name.
         optimizer_step: optimizer steps so far.
-        frames: 10 ms feature frames of the batch.
     """
 
+    mel: Tensor
+    mel_lengths: np.ndarray
     features: Tensor
     contexts: Tensor
     tokens: Tensor
@@ -103,7 +111,6 @@ class StepOutputs:
     randomness: Randomness
     settings: StepSettings
     optimizer_step: int
-    frames: int
     masked_speech: dict[str, MaskedRows] = field(default_factory=dict)
     masked_text: dict[str, MaskedRows] = field(default_factory=dict)
 
@@ -116,11 +123,25 @@ class StepOutputs:
         blocks = self.packed.layout.blocks
         texts = [part.lengths for part in (batch.text, batch.pairs) if part is not None]
         return {
-            "frames": float(self.frames),
+            "frames": float(self.mel_lengths.sum()),
             "tokens": float(sum(int(lengths.sum()) for lengths in texts)),
             "positions": float(self.packed.layout.num_valid),
             "attended_positions": float(sum(block.size * block.width for block in blocks)),
         }
+
+    def stacked_mel(self, index: Tensor) -> Tensor:
+        """The log-mel frames that each row of the speech layout covers, side by side; zeros past an utterance's end.
+
+        *Shape:* rows (M,) -> (M, 4 * F).
+        """
+        batch, mels, width = self.mel.shape
+        lengths = subsampled_lengths(self.mel_lengths)
+        utterance = np.repeat(np.arange(batch), lengths)
+        frame = SUBSAMPLING_FACTOR * ranges(np.zeros(batch, np.int64), lengths)[:, None] + np.arange(SUBSAMPLING_FACTOR)
+        real = frame < self.mel_lengths[utterance][:, None]
+        place = torch.as_tensor(np.where(real, utterance[:, None] * width + frame, batch * width)).to(index.device)
+        place = place.index_select(0, self.packed_speech.gather.index_select(0, index))
+        return gather_rows(self.mel.transpose(1, 2).reshape(-1, mels), place.flatten()).view(-1, mels * SUBSAMPLING_FACTOR)
 
     def num_sequences(self, name: str) -> int:
         return len(self.packed.order[name])
@@ -184,6 +205,8 @@ def run_step(
     hidden = modal(gather_rows(source, packed.gather), packed.layout)
 
     return StepOutputs(
+        mel=features,
+        mel_lengths=frames,
         features=unmasked,
         contexts=contexts,
         tokens=tokens,
@@ -196,7 +219,6 @@ def run_step(
         randomness=randomness,
         settings=settings,
         optimizer_step=optimizer_step,
-        frames=int(frames.sum()),
         masked_speech=masked_speech,
         masked_text=masked_text,
     )

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from slam_kernels import gumbel_noise, masked_cross_entropy, sample_distractors, span_contrastive
-from torch import nn
+from torch import Tensor, nn
 
 from nemo_slam.modules.quantizer import GumbelQuantizer, Quantized, perplexity
+from nemo_slam.modules.random_projection import RandomProjectionQuantizer
 from nemo_slam.objectives.base import (
     Histogram,
     Loss,
@@ -45,60 +46,88 @@ class SpeechLossConfig:
 
 
 class SpeechLoss(nn.Module):
-    """The three terms on masked frames of any input; masked speech and translation language modelling share one."""
+    """The losses on masked frames of any input; masked speech and translation language modelling share one.
 
-    def __init__(self, config: SpeechLossConfig, quantizer: GumbelQuantizer, d_model: int):
+    With the Gumbel quantizer these are contrastive, codes and diversity; with the frozen random projection, which has no
+    vectors to train or to contrast, the codes alone.
+    """
+
+    def __init__(self, config: SpeechLossConfig, quantizer: GumbelQuantizer | RandomProjectionQuantizer, d_model: int):
         super().__init__()
         self.config = config
         self.quantizer = quantizer
-        self.context_projection = nn.Linear(d_model, quantizer.config.code_dim)
+        if isinstance(quantizer, GumbelQuantizer):
+            self.context_projection = nn.Linear(d_model, quantizer.config.code_dim)
         self.code_head = nn.Linear(d_model, quantizer.config.num_codes)
 
     def forward(
         self, outputs: StepOutputs, masked: MaskedRows, multimodal: str, prefix: str, weight: float
     ) -> ObjectiveOutput:
-        config, index = self.config, masked.index
-        key, backend = outputs.randomness.key, outputs.settings.kernels
-        where = (index, masked.cu_seqlens, masked.ids, masked.epochs)
-        features = outputs.features.index_select(0, index)
-        num_codes = self.quantizer.config.num_codes
-        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-        noise = gumbel_noise(*where, key=key(f"gumbel/{prefix}"), num=num_codes, dtype=dtype, backend=backend)
-        quantized = self.quantizer(features, noise, outputs.optimizer_step)
-
-        distractors = sample_distractors(
-            *where, key=key(f"distractors/{prefix}"), num=config.num_distractors, backend=backend
+        if isinstance(self.quantizer, RandomProjectionQuantizer):
+            codes = self.quantizer(outputs.stacked_mel(masked.index))
+            return self._codes(outputs, masked, codes, multimodal, prefix, weight)
+        features = outputs.features.index_select(0, masked.index)
+        noise = gumbel_noise(
+            *masked.where,
+            key=outputs.randomness.key(f"gumbel/{prefix}"),
+            num=self.quantizer.config.num_codes,
+            dtype=torch.float64 if features.dtype == torch.float64 else torch.float32,
+            backend=outputs.settings.kernels,
         )
-        contrastive_rows = (distractors[:, 0] >= 0).sum()
+        quantized = self.quantizer(features, noise, outputs.optimizer_step)
+        result = self._contrastive(outputs, masked, quantized, prefix, weight)
+        result.extend(self._codes(outputs, masked, quantized.code_ids, multimodal, prefix, weight))
+        result.losses.append(self._diversity(quantized, f"{prefix}/diversity", weight * self.config.diversity_weight))
+        return result
+
+    def _contrastive(
+        self, outputs: StepOutputs, masked: MaskedRows, quantized: Quantized, prefix: str, weight: float
+    ) -> ObjectiveOutput:
+        """The true vector among distractors, from the speech encoder's output."""
+        config, backend = self.config, outputs.settings.kernels
+        distractors = sample_distractors(
+            *masked.where,
+            key=outputs.randomness.key(f"distractors/{prefix}"),
+            num=config.num_distractors,
+            backend=backend,
+        )
+        rows = (distractors[:, 0] >= 0).sum()
         if config.ignore_equal_codes:
             equal = quantized.sampled[distractors.clamp(min=0)] == quantized.sampled[:, None]
             distractors = distractors.masked_fill(equal, -1)
-        contexts = self.context_projection(outputs.contexts.index_select(0, index))
-        contrastive, contrast_correct = span_contrastive(
+        contexts = self.context_projection(outputs.contexts.index_select(0, masked.index))
+        loss, correct = span_contrastive(
             contexts, quantized.vectors, distractors, temperature=config.temperature, backend=backend
         )
-        prediction, code_correct = masked_cross_entropy(
+        total = count(rows, loss)
+        return ObjectiveOutput(
+            [Loss(f"{prefix}/contrastive", loss, total, weight * config.contrastive_weight)],
+            [Metric(f"{prefix}/contrastive_accuracy", correct.sum(), total)],
+        )
+
+    def _codes(
+        self, outputs: StepOutputs, masked: MaskedRows, codes: Tensor, multimodal: str, prefix: str, weight: float
+    ) -> ObjectiveOutput:
+        """Cross entropy over the codes (M,), from the multimodal encoder's output."""
+        loss, correct = masked_cross_entropy(
             outputs.hidden,
-            outputs.to_multimodal(multimodal, "speech", index),
-            quantized.code_ids,
+            outputs.to_multimodal(multimodal, "speech", masked.index),
+            codes,
             self.code_head.weight,
             self.code_head.bias,
-            backend=backend,
+            backend=outputs.settings.kernels,
         )
-        total = count(index.numel(), prediction)
-        contrastive_count = count(contrastive_rows, prediction)
-        losses = [
-            Loss(f"{prefix}/contrastive", contrastive, contrastive_count, weight * config.contrastive_weight),
-            Loss(f"{prefix}/codes", prediction, total, weight * config.prediction_weight),
-            self._diversity(quantized, f"{prefix}/diversity", weight * config.diversity_weight),
-        ]
-        metrics = [
-            Metric(f"{prefix}/contrastive_accuracy", contrast_correct.sum(), contrastive_count),
-            Metric(f"{prefix}/code_accuracy", code_correct.sum(), total),
-            Metric(f"{prefix}/mask_rate", total, count(int(outputs.packed_speech.lengths[prefix].sum()), total)),
-        ]
-        usage = torch.bincount(quantized.code_ids, minlength=num_codes)
-        return ObjectiveOutput(losses, metrics, [Histogram(f"{prefix}/code", usage, loss=f"{prefix}/codes")])
+        total = count(masked.index.numel(), loss)
+        frames = count(int(outputs.packed_speech.lengths[prefix].sum()), loss)
+        usage = torch.bincount(codes, minlength=self.code_head.out_features)
+        return ObjectiveOutput(
+            [Loss(f"{prefix}/codes", loss, total, weight * self.config.prediction_weight)],
+            [
+                Metric(f"{prefix}/code_accuracy", correct.sum(), total),
+                Metric(f"{prefix}/mask_rate", total, frames),
+            ],
+            [Histogram(f"{prefix}/code", usage, loss=f"{prefix}/codes")],
+        )
 
     def _diversity(self, quantized: Quantized, name: str, weight: float) -> Loss:
         """(K - perplexity of the average code distribution) / K, the average taken over all ranks (wav2vec 2.0, section 3.2).

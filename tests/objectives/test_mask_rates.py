@@ -25,7 +25,7 @@ def masked_runs(mask):
 
 
 def speech_masks(length, probability, count=COUNT, stream="speech"):
-    """Masks (count, length) of utterances of one length, masked as a step masks them, beside shorter and unmasked ones."""
+    """Masks (count, length) of utterances of one length, masked as a step does, beside shorter and unmasked ones."""
     lengths = np.concatenate([np.full(count, length), [7, 9]])
     none = torch.zeros(len(lengths), 0), torch.zeros(len(lengths), dtype=torch.int64)
     nothing = (torch.zeros(0, dtype=torch.int64),) * 4
