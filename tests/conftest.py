@@ -158,8 +158,9 @@ def pretrain_config(corpus: Path, tokenizer_model: Path, tmp_path: Path):
         "checkpoint.every_n_steps=4",
     ]
 
-    def build(stage: int, *overrides: str):
+    def build(stage: int | str, *overrides: str):
         with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
-            return compose(f"slam_stage{stage}", [*small, f"exp_manager.exp_dir={tmp_path}", *overrides])
+            name = f"slam_stage{stage}" if isinstance(stage, int) else stage
+            return compose(name, [*small, f"exp_manager.exp_dir={tmp_path}", *overrides])
 
     return build

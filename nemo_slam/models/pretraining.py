@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf, open_dict
-from slam_kernels import backend as kernel_backend
 from torch import Tensor, nn
 
 from nemo_slam.data.batch import StepBatch
@@ -22,12 +21,14 @@ from nemo_slam.modules.random_projection import RandomProjectionQuantizer
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective, ObjectiveOutput, sum_over_ranks, world_size
+from nemo_slam.objectives.ctc import PairCTC
 from nemo_slam.objectives.masked_speech import MaskedSpeech, SpeechLoss
 from nemo_slam.objectives.masked_text import MaskedText, TextLoss
 from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.translation_lm import TranslationLM
 from nemo_slam.randomness import Randomness
 from nemo_slam.training.metrics import MetricAccumulator
+from slam_kernels import backend as kernel_backend
 
 
 def build_objectives(settings: ModelSettings) -> nn.ModuleList:
@@ -54,8 +55,6 @@ def build_objectives(settings: ModelSettings) -> nn.ModuleList:
     if chosen.matching is not None:
         tlm_masking = chosen.translation_lm
         masked = chosen.matching.input == "masked"
-        if masked and tlm_masking is None:
-            raise ValueError("model.objectives.matching.input=masked takes its masking from translation_lm: enable that too")
         objectives.append(
             Matching(
                 chosen.matching.weight,
@@ -64,6 +63,8 @@ def build_objectives(settings: ModelSettings) -> nn.ModuleList:
                 tlm_masking.token_masking if masked and tlm_masking else None,
             )
         )
+    if chosen.ctc is not None:
+        objectives.append(PairCTC(chosen.ctc.weight, width, settings.text_encoder.vocab_size, TranslationLM.name))
     return nn.ModuleList(objectives)
 
 

@@ -58,6 +58,13 @@ class MatchingConfig:
 
 
 @dataclass(frozen=True)
+class CTCConfig:
+    """On the speech of translation language modelling's pairs, which must be enabled (mSLAM)."""
+
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class ObjectivesConfig:
     """The objectives of a stage; null leaves one out."""
 
@@ -65,6 +72,13 @@ class ObjectivesConfig:
     masked_text: MaskedTextConfig | None = None
     translation_lm: TranslationLMConfig | None = None
     matching: MatchingConfig | None = None
+    ctc: CTCConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.translation_lm is None and self.ctc is not None:
+            raise ValueError("ctc reads the speech of translation_lm's pairs: enable that too")
+        if self.translation_lm is None and self.matching is not None and self.matching.input == "masked":
+            raise ValueError("matching.input=masked takes its masking from translation_lm: enable that too")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,10 @@ class PackedConvSubsampling(ConvSubsampling):
     """
 
     def __init__(self, feat_in: int, d_model: int, conv_channels: int):
-        super().__init__("striding", SUBSAMPLING_FACTOR, feat_in, d_model, conv_channels)
+        device = torch.empty(0).device
+        with torch.device("cpu"):  # NeMo's constructor computes with a tensor, which the meta device cannot
+            super().__init__("striding", SUBSAMPLING_FACTOR, feat_in, d_model, conv_channels)
+        self.to(device)
 
     def forward(self, features: Tensor, lengths: np.ndarray) -> Tensor:
         """*Shape:* features (B, F, T), lengths (B,) frames -> rows (sum of subsampled lengths, D)."""

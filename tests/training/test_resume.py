@@ -120,6 +120,33 @@ def test_stage_2_starts_from_stage_1_and_says_what_was_loaded(pretrain_config, m
     assert "in the file but not in the model" not in report
 
 
+def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, monkeypatch):
+    second = module.pretrain(pretrain_config(2, "trainer.max_steps=1"))
+    messages = []
+    monkeypatch.setattr(module.logging, "info", lambda text, *args: messages.append(str(text)))
+    third = module.pretrain(pretrain_config(3, "trainer.max_steps=2", f"init_from={second}/slam_stage2.nemo"))
+    report = next(text for text in messages if text.startswith("initialised from"))
+    assert "(100.0% of the model)" in report
+    assert "objectives.3.head.weight" in report.split("in the file but not in the model:")[1]
+    table = next(text for text in messages if text.startswith("run:"))
+    assert "stream speech" in table
+    assert "stream text" not in table
+    assert {name for name in next(iter(metrics(third).values())) if "/" in name and "code" not in name} == {
+        "masked_speech/contrastive",
+        "masked_speech/contrastive_accuracy",
+        "masked_speech/diversity",
+        "masked_speech/mask_rate",
+    }
+
+
+def test_one_stage_with_ctc(pretrain_config):
+    folder = module.pretrain(pretrain_config("slam_one_stage", "trainer.max_steps=2", "model.objectives.ctc={weight: 0.03}"))
+    last = metrics(folder)["2", False]
+    for name in ("masked_speech/codes", "masked_text/tokens", "translation_lm/tokens", "matching", "ctc"):
+        assert float(last[name]) > 0
+    assert 0 <= float(last["ctc/skipped"]) <= 1
+
+
 def test_starting_from_another_architecture_is_refused(pretrain_config):
     first = module.pretrain(pretrain_config(1, "trainer.max_steps=1"))
     other = "model.conformer={d_model: 48, d_ff: 64, n_heads: 2, conv_norm_groups: 4}"

@@ -1,0 +1,83 @@
+"""CTC on the paired speech at the multimodal encoder's output, as mSLAM adds it to translation language modelling.
+
+Which input (unknown): the speech rows of ``translation_lm``'s sequences, where half of the tokens and a quarter of the
+frames are visible. That adds no sequence to a step. The other input with paired speech and its text, matching's, shows
+the whole text: there CTC would learn to copy.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
+
+if TYPE_CHECKING:
+    from nemo_slam.models.step import StepOutputs
+
+
+class PairCTC(Objective):
+    """-log p(text | speech rows) by CTC, per token; the blank is the last output, as in NeMo.
+
+    CTC needs a frame for each token and one more between equal neighbours. Pairs with fewer frames are left out and
+    counted in the metric ``skipped``.
+
+    Args:
+        source: the multimodal input whose speech rows are read.
+    """
+
+    name = "ctc"
+    streams = ("pairs",)
+
+    def __init__(self, weight: float, d_model: int, vocab_size: int, source: str):
+        super().__init__()
+        self.weight = weight
+        self.source = source
+        self.head = nn.Linear(d_model, vocab_size + 1)
+
+    def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
+        device = outputs.hidden.device
+        frames = outputs.packed_speech.lengths[self.source][:, 0]
+        lengths = outputs.packed_text.lengths[self.source][:, 0]
+        rows = torch.as_tensor(outputs.rows(self.source, "speech")).to(device)
+        token_rows = torch.as_tensor(outputs.packed_text.rows_of(self.source, 0)).to(device)
+        logits = self.head(outputs.hidden.index_select(0, rows))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        tokens = outputs.tokens.index_select(0, token_rows)
+
+        pairs, width = len(frames), int(frames.max(initial=0))
+        place = np.full((pairs, width), len(logits), np.int64)
+        place[np.arange(width) < frames[:, None]] = np.arange(len(logits))
+        padded = torch.cat([logits.log_softmax(dim=-1), logits.new_zeros(1, logits.shape[1])])
+        padded = padded[torch.as_tensor(place.T.copy()).to(device)]
+        sizes, spans = torch.as_tensor(lengths).to(device), torch.as_tensor(frames).to(device)
+        possible = spans >= sizes + self._repeats(tokens, lengths)
+        # The sum over no rows keeps the head in the graph of a step without a pair.
+        loss = logits.sum() * 0
+        if pairs:
+            # An impossible pair is given no tokens: its own loss would be infinite, and its gradient not a number.
+            blank = logits.shape[1] - 1
+            chosen = possible.repeat_interleave(sizes, output_size=int(lengths.sum()))
+            losses = F.ctc_loss(
+                padded, tokens[chosen], spans, torch.where(possible, sizes, 0), blank=blank, reduction="none"
+            )
+            loss = loss + (losses * possible).sum()
+        total = count((sizes * possible).sum(), loss)
+        skipped = Metric(f"{self.name}/skipped", count((~possible).sum(), loss), count(pairs, loss))
+        return ObjectiveOutput([Loss(self.name, loss, total, self.weight)], [skipped])
+
+    @staticmethod
+    def _repeats(tokens: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:
+        """(B,) how often a token equals the one before it, within each text of tokens laid end to end (N,)."""
+        if len(tokens) == 0:
+            return torch.zeros(len(lengths), dtype=torch.int64, device=tokens.device)
+        first = np.zeros(len(tokens), bool)
+        first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+        equal = torch.cat([tokens.new_zeros(1, dtype=torch.bool), tokens[1:] == tokens[:-1]])
+        equal = equal & ~torch.as_tensor(first).to(tokens.device)
+        text = torch.as_tensor(np.repeat(np.arange(len(lengths)), lengths)).to(tokens.device)
+        return torch.zeros(len(lengths), dtype=torch.int64, device=tokens.device).index_add(0, text, equal.long())
