@@ -86,7 +86,7 @@ pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; 
 	@echo "run folder: $(EXP_DIR)/slam_stage1_$(MODEL)"
 
 demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, a stock NeMo model, transcripts
-	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)" $(ARGS)
+	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)/demo" $(ARGS)
 
 # One thread in each test process: the tests are small, and more processes than cores slow each other down.
 test: setup  ## all tests
