@@ -29,22 +29,20 @@ from slam_kernels.fused import (
 
 C, GROUPS, MASKED, VOCAB = 1024, 32, 100, 32_000
 POINTERS = {"CU": "*i32", "IDS": "*i64", "EPOCHS": "*i64", "MASK": "*i8", "THROUGH": "*i64", "INDEX": "*i64"}
-SCALARS = {"S": "i32", "N": "i32", "M": "i32", "key": "i64", "eps": "fp32", "std": "fp32"}
+NAMES = {"bf16": "bfloat16", "fp32": "float32"}
+SCALARS = {"S": "i32", "N": "i32", "M": "i32", "first_block": "i32", "key": "i64", "eps": "fp32", "std": "fp32"}
 
 
 def convolution(name: str, pass_name: str, dtype: str, taps: int, cap: int, **wanted) -> Case:
     """One pass of the convolution as the operator would launch it."""
     kernel = getattr(convolution_kernels, name, None) or getattr(convolution_gradient_kernels, name)
-    cut = glu_conv_group_norm_silu.tile(pass_name, C, taps, 4 if dtype == "fp32" else 2)
-    finish = glu_conv_group_norm_silu._finish_constants(C, GROUPS, cut)[1]
-    constants = {
-        "C": C, "G": GROUPS, "TAPS": taps, "ROWS": cut.rows, "COLUMNS": cut.columns, "UNROLL": cut.unroll,
-        "STEPS": 5, "HAS_BIAS": True, "ACC": tl.float32, **finish,
-    }  # fmt: skip
+    x, cu_seqlens = (torch.empty(0, 2 * C, dtype=kind) for kind in (getattr(torch, NAMES[dtype]), torch.int32))
+    launch = glu_conv_group_norm_silu.plan(pass_name, x, taps, True, cu_seqlens.new_empty(17), GROUPS, 1)
+    constants = {**launch.finishing, **launch.rolling, "G": GROUPS}
+    warps = 4 if name.endswith("_finish") else constants["num_warps"]
     signature = {**SCALARS, **POINTERS, **dict.fromkeys(("X", "Z", "DZ", "DX"), f"*{dtype}")}
     parameters = ("W", "BIAS", "GAMMA", "BETA", "PART", "MEAN", "RSTD", "DMEAN", "DNORM")
     signature.update(dict.fromkeys(parameters, "*fp32"))
-    warps = 4 if name.endswith("_finish") else cut.warps
     # Every target for what the paper's model trains with; the newest that it was written for in other cases.
     targets = TARGETS if (dtype, taps) == ("bf16", 5) else (90,)
     return case(f"{name} {dtype} K{taps}", kernel, signature, constants, warps, cap, wanted=wanted, targets=targets)

@@ -64,7 +64,7 @@ def test_convolution_reaches_the_last_rows(last_programs):
     statistics = [torch.cat((torch.full_like(t, float("nan")), t)) for t in (mean, rstd)]
     last_programs["by"] = first // rows + 1  # the block where the second sequence begins
     z = torch.empty(ROWS, CHANNELS)
-    forward_kernels.normalise[(1, 1)](reserved, weight, bias, gamma, beta, big, *statistics, z, 2, G=4, **constants)
+    forward_kernels.normalise[(1, 1)](reserved, weight, bias, gamma, beta, big, *statistics, z, 2, 0, G=4, **constants)
     torch.testing.assert_close(z[first:], out.detach(), rtol=1e-5, atol=1e-5)
 
     gradient = torch.empty(ROWS, CHANNELS)
@@ -72,12 +72,12 @@ def test_convolution_reaches_the_last_rows(last_programs):
     blocks = first // rows + 2
     partials = torch.empty(blocks, 2, CHANNELS)
     operands = (reserved, weight, bias, gamma, beta, big, *statistics, gradient)
-    backward_kernels.norm_gradient_partials[(1, 1)](*operands, partials, 2, G=4, **constants)
+    backward_kernels.norm_gradient_partials[(1, 1)](*operands, partials, 2, 0, G=4, **constants)
     sums = partials[-1].view(2, 4, -1).mul(gamma.view(4, -1)).sum(-1) / (TAIL * CHANNELS // 4)
     means = [torch.stack((torch.full_like(s, float("nan")), s)) for s in sums]
     slopes = torch.empty(ROWS, 2 * CHANNELS)
     backward_kernels.input_gradient[(1, 1)](
-        *operands, *means, slopes, torch.empty(blocks, 4, CHANNELS), 2, G=4, **constants
+        *operands, *means, slopes, torch.empty(blocks, 4, CHANNELS), 2, 0, G=4, **constants
     )
     torch.testing.assert_close(slopes[first:], dx, rtol=1e-4, atol=1e-5)
 

@@ -185,6 +185,26 @@ def test_bfloat16_inputs_are_only_rounded_where_they_are_stored():
         assert float((a.double() - b).abs().max()) < 1e-5 * float(b.abs().max())
 
 
+@pytest.mark.parametrize("slices", [2, 4])
+def test_slices_of_the_channels_give_the_same_bits(slices, monkeypatch):
+    from dataclasses import replace
+
+    from slam_kernels.fused import glu_conv_group_norm_silu as convolution
+
+    original = convolution.tile
+    monkeypatch.setattr(convolution, "tile", lambda *arguments: replace(original(*arguments), columns=16))
+    inputs = [t.detach() for t in convolution_inputs(ROWS, 64, 3)]
+    grad = torch.ones(ROWS, 64)
+    results = []
+    for count in (1, slices):
+        out, mean, rstd = convolution.run_forward(*inputs, CU, 32, 1e-3, torch.float32, count)
+        gradients = convolution.run_backward(grad, *inputs, CU, mean, rstd, 32, torch.float32, count)
+        results.append((out, mean, rstd, *gradients))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with pytest.raises(ValueError, match="cannot be cut into 3 slices"):
+        convolution.run_forward(*inputs, CU, 32, 1e-3, torch.float32, 3)
+
+
 def test_bfloat16_losses_are_float32():
     vectors = [leaf(12, 16, seed=s).detach().bfloat16() for s in (1, 2)]
     drawn = torch.arange(36).view(12, 3) % 12

@@ -24,14 +24,14 @@ def silu_slope(u):
 
 @triton.jit
 def norm_gradient_partials(
-    X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, DZ, PART, S,
+    X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, DZ, PART, S, first_block,
     C: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr, STEPS: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums of du and of du n over a block's rows: PART (B, 2, C). An empty block writes zeros."""
     HALF: tl.constexpr = TAPS // 2
     block = tl.program_id(0)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = (first_block + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     here = c < C
     sequence, begin, end, first, rows = locate_block(block, CU, S, ROWS, STEPS)
     X += first.to(tl.int64) * (2 * C)
@@ -68,14 +68,15 @@ def norm_gradient_partials(
 
 @triton.jit
 def norm_gradient_finish(
-    PART, GAMMA, CU, DMEAN, DNORM,
+    PART, GAMMA, CU, DMEAN, DNORM, first_block,
     C: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
     SIZE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Means of gamma du and gamma du n over every sequence's groups: DMEAN and DNORM (S, G)."""
     WIDTH: tl.constexpr = C // G
     sequence = tl.program_id(0)
-    g = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    group = (first_block + tl.program_id(1)) * GROUPS + tl.arange(0, GROUPS)
+    g = group[None, :, None]
     k = tl.arange(0, SIZE)[None, None, :]
     here = (g < G) & (k < WIDTH)
     begin, end = tl.load(CU + sequence), tl.load(CU + sequence + 1)
@@ -95,7 +96,6 @@ def norm_gradient_finish(
         )
         base += BLOCKS
     count = tl.maximum(end - begin, 1).to(ACC) * WIDTH
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     place = sequence.to(tl.int64) * G + group
     tl.store(DMEAN + place, plain / count, mask=group < G)
     tl.store(DNORM + place, scaled / count, mask=group < G)
@@ -103,7 +103,7 @@ def norm_gradient_finish(
 
 @triton.jit
 def input_gradient(
-    X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, DZ, DMEAN, DNORM, DX, PART, S,
+    X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, DZ, DMEAN, DNORM, DX, PART, S, first_block,
     C: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr, STEPS: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +115,7 @@ def input_gradient(
     """
     HALF: tl.constexpr = TAPS // 2
     block = tl.program_id(0)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = (first_block + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     here = c < C
     sequence, begin, end, first, rows = locate_block(block, CU, S, ROWS, STEPS)
     X += first.to(tl.int64) * (2 * C)

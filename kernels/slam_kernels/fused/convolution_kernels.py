@@ -4,7 +4,7 @@ A program walks down at most ROWS rows of one sequence for COLUMNS channels and 
 tuple of register vectors. UNROLL rows are taken at a time: their loads go out together, and with UNROLL = TAPS the
 window returns to the same registers. Nothing is stored between passes but the statistics: the convolution is computed
 anew where it is needed, which costs the bytes of its input (2 C a row) instead of writing and reading its output (C +
-C), and leaves it unrounded.
+C), and leaves it unrounded. A launch covers all channels or, from first_block on, a slice.
 
 Legend: N rows, C channels, G groups, S sequences, B blocks. X (N, 2 C), W (C, TAPS), Z and DZ (N, C), PART (B, 2, C),
 MEAN, RSTD, DMEAN, DNORM (S, G). ACC is float32, or float64 for float64 input.
@@ -64,14 +64,14 @@ def group_values(VALUES, sequence, c, here, C: tl.constexpr, G: tl.constexpr, AC
 
 @triton.jit
 def statistics_partials(
-    X, W, BIAS, CU, PART, S,
+    X, W, BIAS, CU, PART, S, first_block,
     C: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     STEPS: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every channel over a block's rows (Welford): PART (B, 2, C)."""
     HALF: tl.constexpr = TAPS // 2
     block = tl.program_id(0)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = (first_block + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     here = c < C
     _, begin, end, first, rows = locate_block(block, CU, S, ROWS, STEPS)
     X += first.to(tl.int64) * (2 * C)
@@ -104,14 +104,15 @@ def statistics_partials(
 
 @triton.jit
 def statistics_finish(
-    PART, CU, MEAN, RSTD, eps,
+    PART, CU, MEAN, RSTD, first_block, eps,
     C: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
     SIZE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Merges the blocks' and channels' partials of a sequence's groups by Chan's formula: MEAN and RSTD (S, G)."""
     WIDTH: tl.constexpr = C // G
     sequence = tl.program_id(0)
-    g = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
+    group = (first_block + tl.program_id(1)) * GROUPS + tl.arange(0, GROUPS)
+    g = group[None, :, None]
     k = tl.arange(0, SIZE)[None, None, :]
     here = (g < G) & (k < WIDTH)
     begin, end = tl.load(CU + sequence), tl.load(CU + sequence + 1)
@@ -141,7 +142,6 @@ def statistics_finish(
         apart = mean - centre[None, :, None]
         squares += tl.sum(tl.sum(tl.where(mask, own + rows * apart * apart, 0.0), axis=2), axis=0)
         base += BLOCKS
-    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     place = sequence.to(tl.int64) * G + group
     tl.store(MEAN + place, centre, mask=group < G)
     tl.store(RSTD + place, 1.0 / tl.sqrt(squares / count + eps), mask=group < G)
@@ -149,14 +149,14 @@ def statistics_finish(
 
 @triton.jit
 def normalise(
-    X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, Z, S,
+    X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, Z, S, first_block,
     C: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     UNROLL: tl.constexpr, STEPS: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Z = silu(group_norm(conv(glu(X)))) with known statistics."""
     HALF: tl.constexpr = TAPS // 2
     block = tl.program_id(0)
-    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    c = (first_block + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
     here = c < C
     sequence, begin, end, first, rows = locate_block(block, CU, S, ROWS, STEPS)
     X += first.to(tl.int64) * (2 * C)
