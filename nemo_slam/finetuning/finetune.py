@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import Trainer, seed_everything
+from nemo.collections.asr.losses.ctc import CTCLoss
 from nemo.core.classes import ModelPT
 from nemo.utils import logging
 from nemo.utils.model_utils import import_class_by_path
@@ -20,6 +20,7 @@ from nemo_slam.finetuning.loader import FineTuningData
 from nemo_slam.finetuning.metrics import FineTuneMetrics
 from nemo_slam.finetuning.pretrained import Pretrained, encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.finetuning.schedule import FreezeEncoder
+from nemo_slam.finetuning.stopping import EarlyStopping
 from nemo_slam.finetuning.transcripts import TranscriptStream, read_texts
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR
 from nemo_slam.training.checkpoints import finished_checkpoints
@@ -87,21 +88,21 @@ def tokenizer_dir(cfg: DictConfig, run_folder: Path) -> Path:
         if not texts:
             names = ", ".join(map(str, manifests))
             raise EmptyStreamError(f"data.train_ds: no row of {names} has a string {key!r} (data.train_ds.text_key)")
-        train_on_lines(texts, folder, cfg.tokenizer.vocab_size, allow_smaller=True)
+        options = {"allow_smaller": True, "sequence_symbols": cfg.tokenizer.sequence_symbols}
+        train_on_lines(texts, folder, cfg.tokenizer.vocab_size, **options)
     return folder
 
 
 def model_node(cfg: DictConfig, pretrained: Pretrained | None, tokenizer: Path) -> DictConfig:
     """The stock model's own config: nothing in it that NeMo does not read."""
-    node = OmegaConf.to_container(cfg.model, resolve=True)
-    assert isinstance(node, dict)
-    node["encoder"] = encoder_node(node["encoder"], pretrained)
+    cfg = OmegaConf.create(OmegaConf.to_container(cfg))  # interpolations are kept: they may name the encoder's width
+    encoder = OmegaConf.to_container(cfg.model.encoder, resolve=True)
+    cfg.model.encoder = encoder_node(encoder, pretrained)
     if pretrained is not None:
-        node["preprocessor"] = dict(pretrained.preprocessor)
-    node["tokenizer"] = {**node["tokenizer"], "dir": str(tokenizer)}
-    node["train_ds"] = None
-    node["validation_ds"] = None
-    return OmegaConf.create(node)
+        cfg.model.preprocessor = pretrained.preprocessor
+    cfg.model.tokenizer.dir = str(tokenizer)
+    cfg.model.train_ds = cfg.model.validation_ds = None  # the loaders are ours, see stock_datasets()
+    return OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True))
 
 
 def stock_datasets(cfg: DictConfig) -> dict[str, dict[str, Any]]:
@@ -142,11 +143,14 @@ def start_up_table(
     return "\n".join(["run:", *(f"  {title:<{width}}  {text}" for title, text in rows)])
 
 
-def _callbacks(cfg: DictConfig) -> list[Callback]:
-    callbacks: list[Callback] = [FreezeEncoder(cfg.freeze_encoder_steps)]
-    if cfg.early_stopping_patience is not None:
-        callbacks.append(EarlyStopping("val_wer", patience=cfg.early_stopping_patience, verbose=True))
-    return callbacks
+def make_early_stopping(cfg: DictConfig, run_folder: Path) -> list[EarlyStopping]:
+    """The callback that the config asks for, if it does."""
+    node = cfg.early_stopping
+    if node.patience is None:
+        return []
+    if cfg.data.validation_ds is None:
+        raise ValueError("early_stopping.patience needs data.validation_ds: there is nothing to monitor")
+    return [EarlyStopping(run_folder / "checkpoints", node.patience, node.monitor, node.mode)]
 
 
 def finetune(cfg: DictConfig) -> Path:
@@ -158,15 +162,18 @@ def finetune(cfg: DictConfig) -> Path:
     pretrained = None if cfg.init_from is None else read_pretrained(cfg.init_from)
     prepare_corpus(cfg.data)
     metrics = FineTuneMetrics(run_folder, cfg.trainer.log_every_n_steps)
-    trainer = make_trainer(cfg, run_folder, metrics, *_callbacks(cfg))
+    stopping = make_early_stopping(cfg, run_folder)
+    # Early stopping comes first, so that a checkpoint holds what it knows.
+    trainer = make_trainer(cfg, run_folder, metrics, FreezeEncoder(cfg.freeze_encoder_steps), *stopping)
     tokenizer = tokenizer_dir(cfg, run_folder)
     node = model_node(cfg, pretrained, tokenizer)
     model = import_class_by_path(node.target)(cfg=node, trainer=trainer)
 
     bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
-    streams = {split: _stream(cfg, split, tokenizer, bad_rows) for split in ("train", "validation")}
+    ctc_frame = SUBSAMPLING_FACTOR if uses_ctc(model) else None
+    streams = {split: _stream(cfg, split, tokenizer, bad_rows, ctc_frame) for split in ("train", "validation")}
     pin = trainer.strategy.root_device.type == "cuda"
-    data = FineTuningData(streams["train"], streams["validation"], cfg.data.num_workers, pin)
+    data = FineTuningData(streams["train"], streams["validation"], cfg.data.num_workers, pin, special_tokens(model))
 
     checkpoints = finished_checkpoints(run_folder / "checkpoints")
     resume = checkpoints[-1] if checkpoints else None
@@ -185,7 +192,9 @@ def finetune(cfg: DictConfig) -> Path:
 
     trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
 
-    if trainer.global_step >= trainer.max_steps or _stopped_early(trainer):
+    if trainer.global_step >= trainer.max_steps or any(callback.stopped for callback in stopping):
+        for callback in stopping:
+            logging.info(f"weights of step {callback.restore_best(model)}, the best by {callback.monitor}")
         save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
         minutes = (time.perf_counter() - started) / 60
@@ -195,7 +204,31 @@ def finetune(cfg: DictConfig) -> Path:
     return run_folder
 
 
-def _stream(cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows) -> TranscriptStream | None:
+def uses_ctc(model: ModelPT) -> bool:
+    """Whether one of the model's losses is CTC: CTC itself, or beside a transducer."""
+    return any(isinstance(getattr(model, name, None), CTCLoss) for name in ("loss", "ctc_loss"))
+
+
+def special_tokens(model: ModelPT) -> dict[str, int]:
+    """What attention decoders want around a text, for ``loader.collate``; nothing for other models.
+
+    Raises:
+        ValueError: the tokenizer lacks them.
+    """
+    if not hasattr(model, "transf_decoder"):
+        return {}
+    tokens = {"pad_id": model.tokenizer.pad_id, "start_id": model.tokenizer.bos_id, "end_id": model.tokenizer.eos_id}
+    if min(tokens.values()) < 0:
+        raise ValueError(
+            "model.tokenizer.dir: this tokenizer has no <s>, </s> and <pad>, which attention decoders need; train one "
+            "with scripts/train_tokenizer.py --sequence-symbols, or set model.tokenizer.dir=null"
+        )
+    return tokens
+
+
+def _stream(
+    cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows, ctc_frame: int | None
+) -> TranscriptStream | None:
     node = cfg.data.get(f"{split}_ds")
     if node is None:
         return None
@@ -203,11 +236,8 @@ def _stream(cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows) -> 
         OmegaConf.to_container(node, resolve=True),
         tokenizer / "tokenizer.model",
         seed=cfg.seed,
-        ctc_frame=SUBSAMPLING_FACTOR,
+        ctc_frame=ctc_frame,
         bad_rows=bad_rows,
         name=split,
     )
 
-
-def _stopped_early(trainer: Trainer) -> bool:
-    return any(isinstance(c, EarlyStopping) and c.stopped_epoch > 0 for c in trainer.callbacks)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor, nn
 
-from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.training.initialise import LoadReport, load_weights, read_weights
 
 ENCODER = "nemo_slam.models.encoder.SLAMEncoder"
@@ -116,12 +115,11 @@ def encoder_node(node: Mapping[str, Any], pretrained: Pretrained | None) -> dict
     Args:
         node: ``model.encoder`` of the fine-tuning config.
     """
-    if pretrained is None:
-        return {**node, "_target_": ENCODER}
-    known = {field.name for field in fields(ConformerConfig)}
-    run_time = {k: v for k, v in node["conformer"].items() if k in RUN_TIME & known}
-    conformer = {**pretrained.architecture["conformer"], **run_time}
-    return {**node, **pretrained.architecture, "conformer": conformer, "_target_": ENCODER}
+    conformer = dict(node["conformer"])
+    if pretrained is not None:
+        conformer = {**pretrained.architecture["conformer"], **{k: v for k, v in conformer.items() if k in RUN_TIME}}
+        node = {**node, **pretrained.architecture}
+    return {**node, "conformer": conformer, "d_model": conformer["d_model"], "_target_": ENCODER}
 
 
 def initialise_encoder(encoder: nn.Module, pretrained: Pretrained, minimum: float) -> LoadReport:

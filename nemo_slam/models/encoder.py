@@ -24,13 +24,17 @@ class SLAMEncoder(NeuralModule):
     """Speech encoder and multimodal encoder of SLAM, as the ``encoder`` of stock NeMo CTC, RNN-T and attention models.
 
     Parameter names are those of ``nemo_slam.models.pretraining.SLAMPretrainingModel``, so that its weights load as
-    they are. Keys of the config node: ``nemo_slam.models.settings.EncoderSettings``.
+    they are. Keys of the config node: ``nemo_slam.models.settings.EncoderSettings``, and ``d_model``, a copy of
+    ``conformer.d_model`` where NeMo's attention models look for it.
     """
 
     def __init__(self, **node: Any):
         super().__init__()
         node = {k: OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for k, v in node.items()}
+        width = node.pop("d_model", None)
         settings = parse(EncoderSettings, node, "encoder")
+        if width not in (None, settings.conformer.d_model):
+            raise ValueError(f"encoder.d_model {width} must equal encoder.conformer.d_model {settings.conformer.d_model}")
         kernels = kernel_backend.resolve(settings.conformer.kernels, "cuda" if torch.cuda.is_available() else "cpu")
         self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer, kernels)
         self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer, kernels)

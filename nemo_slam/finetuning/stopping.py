@@ -1,0 +1,73 @@
+"""Early stopping that keeps the best weights and survives a resume."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from nemo.utils import logging
+
+MODES = ("min", "max")
+
+
+class EarlyStopping(Callback):
+    """Stops after ``patience`` validations without improvement; :meth:`restore_best` brings back the best weights.
+
+    Lightning's own keeps no weights, and stops a run without saying what was best.
+
+    Args:
+        folder: where ``best.pt`` goes: the weights as they were at the best validation.
+        patience: validations without improvement.
+        monitor: a figure that the model logs in validation.
+        mode: ``min`` or ``max``.
+    """
+
+    def __init__(self, folder: Path, patience: int, monitor: str, mode: str):
+        if patience < 1 or mode not in MODES:
+            raise ValueError(f"early_stopping: patience {patience} must be positive, mode {mode!r} one of {MODES}")
+        self.path = folder / "best.pt"
+        self.patience, self.monitor, self.mode = patience, monitor, mode
+        self.best, self.best_step, self.waited = math.inf, -1, 0
+
+    @property
+    def stopped(self) -> bool:
+        return self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "waited": self.waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step, self.waited = (state_dict[key] for key in ("best", "best_step", "waited"))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))
+            raise ValueError(f"early_stopping.monitor: validation logs no {self.monitor!r}, but {logged or 'nothing'}")
+        value = float(trainer.callback_metrics[self.monitor])
+        value = math.inf if math.isnan(value) else value if self.mode == "min" else -value
+        if value < self.best:
+            self.best, self.best_step, self.waited = value, trainer.global_step, 0
+            if trainer.is_global_zero:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                part = self.path.with_suffix(".pt.part")
+                torch.save({"step": self.best_step, "weights": pl_module.state_dict()}, part)
+                os.replace(part, self.path)
+            return
+        self.waited += 1
+        if self.stopped:
+            logging.info(f"{self.monitor} has not improved for {self.waited} validations: stopping")
+            trainer.should_stop = True
+
+    def restore_best(self, model: LightningModule) -> int:
+        """Load the best weights; returns their step, or -1 where no validation was any good."""
+        if self.best_step < 0:
+            return -1
+        found = torch.load(self.path, map_location="cpu", weights_only=True)
+        model.load_state_dict(found["weights"])
+        return int(found["step"])
