@@ -1,0 +1,227 @@
+"""Times every operator and the whole convolution module on a GPU and writes a result file.
+
+    python kernels/benchmarks/benchmark.py [--only TEXT] [--seconds S] [--no-nemo] [--no-compile] [--slices]
+
+Forward, backward's share and both, and memory, against the PyTorch twin, PyTorch's own operators on the padded batch,
+NeMo's module, torch.compile, and the roofline with the copy bandwidth of the same run. A speed-up is printed only for
+an operator whose GPU tests pass in this run. ``--smoke`` runs tiny shapes on the CPU, which measures nothing and proves
+that the benchmark itself works. Without a GPU it says so and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import workloads
+from measure import Meter
+
+from slam_kernels import triton_unavailable
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+REFERENCE = "triton"
+
+
+def environment(device: torch.device) -> dict:
+    """Device, versions, commit."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "torch": torch.__version__,
+        "triton": version,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "kernels", "tests")),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def failing_operators() -> set[str] | None:
+    """Operators with a failing GPU test; None if the tests could not run at all."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        subprocess.run(
+            [*command, "tests/gpu/test_kernels_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if not report.exists():
+            return None
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    if not cases or all(case.find("skipped") is not None for case in cases):
+        return None
+    bad = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return {name.removeprefix("test_") for name in bad}
+
+
+def is_red(operator: str, failing: set[str] | None) -> bool:
+    """Whether a speed-up of this operator may not be shown."""
+    if failing is None:
+        return True
+    name = "glu_conv_group_norm_silu" if operator == "convolution module" else operator.split(" ")[0]
+    return any(test.startswith(name) for test in failing)
+
+
+def time_workload(work: workloads.Workload, meter: Meter, bandwidth: float) -> list[dict]:
+    """One row for each implementation."""
+    rows = []
+    for name, function in work.implementations.items():
+        row = {"operator": work.operator, "mix": work.mix, "implementation": name}
+        try:
+            with torch.no_grad():
+                forward = meter.time(function)
+            row["forward"] = asdict(forward)
+            row["forward_limit_ms"] = work.forward.seconds(bandwidth) * 1e3
+            if work.inputs:
+                both = meter.time(lambda f=function: _both(f, work.inputs))
+                row["both"] = asdict(both)
+                row["backward_ms"] = both.median_ms - forward.median_ms
+                row["both_limit_ms"] = (work.forward + work.backward).seconds(bandwidth) * 1e3
+        except torch.cuda.OutOfMemoryError:
+            row["error"] = "out of memory"
+            torch.cuda.empty_cache()
+        rows.append(row)
+    return rows
+
+
+def _both(function, inputs) -> None:
+    out = function()
+    for tensor in inputs:
+        tensor.grad = None
+    out.backward(torch.ones_like(out))
+
+
+def show(rows: list[dict], failing: set[str] | None) -> None:
+    """Prints a workload's rows; speed-ups only for a green operator."""
+    head = rows[0]
+    red = is_red(head["operator"], failing)
+    print(f"\n{head['operator']}, {head['mix']}" + ("   [tests not green: no speed-ups]" if red else ""))
+    for kind in ("forward", "both"):
+        ours = next((r[kind]["median_ms"] for r in rows if r["implementation"] == REFERENCE and kind in r), None)
+        for row in rows:
+            if kind not in row:
+                if "error" in row:
+                    print(f"  {kind:8s}{row['implementation']:24s}{row['error']}")
+                continue
+            m = row[kind]
+            limit = row[f"{kind}_limit_ms"]
+            line = f"  {kind:8s}{row['implementation']:24s}{m['median_ms']:9.3f} ms  {m['peak_bytes'] / 2**20:8.0f} MiB"
+            if row["implementation"] == REFERENCE:
+                line += f"  limit {limit:.3f} ms, {100 * limit / m['median_ms']:.0f}% of it"
+            elif ours is not None and not red:
+                line += f"  triton is {m['median_ms'] / ours:.2f}x as fast"
+            print(line)
+
+
+def build(options: argparse.Namespace, device: torch.device) -> list:
+    """Functions that make the workloads, one at a time: their inputs do not share the memory."""
+    tiny, dtype = options.smoke, torch.float32 if options.smoke else torch.bfloat16
+    kernels = {"twin": "torch"} if tiny else {REFERENCE: "triton", "twin": "torch"}
+    channels, groups = (16, 4) if tiny else (1024, 32)
+    compile, shape = not (tiny or options.no_compile), (channels, groups, 5, dtype, device, kernels)
+    makers = []
+    nemo = not (tiny or options.no_nemo)
+    for mix, lengths in workloads.mixes(tiny).items():
+        makers.append(lambda lengths=lengths, mix=mix: [workloads.convolution(lengths, mix, *shape, compile)])
+        makers.append(lambda lengths=lengths, mix=mix: [workloads.module(lengths, mix, *shape, compile, nemo)])
+        makers.append(
+            lambda lengths=lengths, mix=mix: workloads.spans(
+                lengths, mix, channels, 5 if tiny else 100, 50 if tiny else 32_000, dtype, device, kernels
+            )
+        )
+    for rows in (12,) if tiny else (2_048, 16_384):
+        size = (rows, 8, 3) if tiny else (rows, 1024, 100)
+        makers.append(lambda size=size: [workloads.contrastive(*size, dtype, device, kernels, True)])
+    for size in ((10, 8, 20),) if tiny else ((8_192, 1024, 1024), (4_096, 1024, 32_000)):
+        makers.append(lambda size=size: [workloads.entropy(*size, dtype, device, kernels, compile)])
+    return makers
+
+
+def try_slices(meter: Meter, device: torch.device) -> list[dict]:
+    """The variant whose second pass finds a slice of the channels in the L2 cache (see `run_forward`)."""
+    from slam_kernels.fused.glu_conv_group_norm_silu import run_backward, run_forward
+
+    rows, channels, groups = 16 * 1600, 1024, 32
+    cu = workloads.layout([1600] * 16, device)
+    x = torch.randn(rows, 2 * channels, device=device, dtype=torch.bfloat16)
+    parameters = [torch.randn(s, device=device) for s in ((channels, 5), channels, channels, channels)]
+    grad, dtype, results = torch.randn(rows, channels, device=device, dtype=torch.bfloat16), torch.bfloat16, []
+    for slices in (1, 2, 4):
+        _, mean, rstd = run_forward(x, *parameters, cu, groups, 1e-3, dtype, slices)
+        forward = meter.time(lambda s=slices: run_forward(x, *parameters, cu, groups, 1e-3, dtype, s))
+        backward = meter.time(
+            lambda s=slices, m=mean, r=rstd: run_backward(grad, x, *parameters, cu, m, r, groups, dtype, s)
+        )
+        results.append({"slices": slices, "forward": asdict(forward), "backward": asdict(backward)})
+        print(f"  {slices} slices: forward {forward.median_ms:.3f} ms, backward {backward.median_ms:.3f} ms")
+    return results
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="operators whose name contains this")
+    parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
+    parser.add_argument("--no-nemo", action="store_true", help="without NeMo's module (its import takes half a minute)")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--slices", action="store_true", help="also try the variant with slices in the L2 cache")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: no measurement")
+    parser.add_argument("--out", type=Path, help="result file (default: results/<device>_<time>.json)")
+    options = parser.parse_args(arguments)
+    device = torch.device("cpu" if options.smoke else "cuda")
+    if not options.smoke:
+        reason = triton_unavailable(device) if torch.cuda.is_available() else "no CUDA device"
+        if reason is not None:
+            print(f"Nothing measured: {reason}. An NVIDIA GPU is needed; --smoke checks this script.")
+            return 0
+    failing = None if options.smoke else failing_operators()
+    meter = Meter(device, 0.001 if options.smoke else options.seconds)
+    bandwidth = meter.copy_bandwidth(2**12 if options.smoke else 2**30)
+    result = {
+        **environment(device),
+        "smoke": options.smoke,
+        "copy_bytes_per_second": bandwidth,
+        "failing_tests": None if failing is None else sorted(failing),
+        "rows": [],
+    }
+    if options.smoke:
+        print("Smoke run: tiny shapes on the CPU, without Triton. These times mean nothing.")
+    print(f"{result['device']}, torch {result['torch']}, triton {result['triton']}: copy {bandwidth / 1e12:.3f} TB/s")
+    for make in build(options, device):
+        for work in make():
+            if options.only in work.operator:
+                rows = time_workload(work, meter, bandwidth)
+                result["rows"] += rows
+                show(rows, failing)
+    if options.slices and not options.smoke:
+        result["slices"] = try_slices(meter, device)
+    stamp = result["time"].replace(":", "").replace("+0000", "")
+    out = options.out or RESULTS / f"{result['device'].replace(' ', '_')}_{stamp}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nwritten: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
