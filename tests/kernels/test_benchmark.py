@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "kernels" / "benchmarks"
-sys.path.insert(0, str(FOLDER))
+sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "benchmarks"))
 import benchmark
 import counts
+
+FOLDER = Path(benchmark.__file__).parent
 
 
 def run(*arguments: str, script: str = "benchmark.py") -> str:
