@@ -17,7 +17,6 @@ from nemo_slam.models.settings import EncoderSettings
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.packing import Segments, gather_rows, pack
-from slam_kernels import backend as kernel_backend
 
 
 class SLAMEncoder(NeuralModule):
@@ -34,10 +33,9 @@ class SLAMEncoder(NeuralModule):
         width = node.pop("d_model", None)
         settings = parse(EncoderSettings, node, "encoder")
         if width not in (None, settings.conformer.d_model):
-            raise ValueError(f"encoder.d_model {width} must equal encoder.conformer.d_model {settings.conformer.d_model}")
-        kernels = kernel_backend.resolve(settings.conformer.kernels, "cuda" if torch.cuda.is_available() else "cpu")
-        self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer, kernels)
-        self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer, kernels)
+            raise ValueError(f"encoder.d_model is {width}, but conformer.d_model {settings.conformer.d_model}")
+        self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer)
+        self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer)
         # The CLS vector belongs to pairs. As a buffer it keeps its name and value, and is no parameter that DDP would
         # miss a gradient for, nor one that NeMo's unfreeze() could switch on.
         cls = self.multimodal_encoder.cls.detach().clone()
