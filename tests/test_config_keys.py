@@ -124,6 +124,12 @@ def test_checkpoint_keys(stage):
     assert set(stage.checkpoint) <= parameters(StepCheckpoint.__init__) - {"folder"}
 
 
+def test_guard_keys(stage):
+    from nemo_slam.training.guards import StepGuard
+
+    assert set(stage.guard) == parameters(StepGuard.__init__) - {"folder"}
+
+
 def test_finetuning_configs_compose(finetuning):
     from lightning.pytorch import Trainer
 

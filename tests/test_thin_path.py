@@ -38,7 +38,7 @@ def test_from_audio_to_transcripts(pretrain_config, corpus, tmp_path):
     lines = (run / "metrics.csv").read_text().splitlines()
     steps = [int(line.split(",")[0]) for line in lines[1:]]
     assert sorted(set(steps)) == list(range(1, 7))
-    for name in ("config.yaml", "slam_stage1.nemo", "checkpoints/step=000000006.ckpt"):
+    for name in ("config.yaml", "slam_stage1.nemo", "checkpoints/step_000000006.ckpt"):
         assert (run / name).is_file(), name
     assert list(run.glob("events.out.tfevents*"))
 

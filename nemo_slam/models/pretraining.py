@@ -27,29 +27,39 @@ from nemo_slam.objectives.masked_text import MaskedText, TextLoss
 from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.translation_lm import TranslationLM
 from nemo_slam.randomness import Randomness
-from nemo_slam.training.metrics import MetricAccumulator
+from nemo_slam.objectives.metrics import MetricAccumulator
 from slam_kernels import backend as kernel_backend
 
 
-def build_objectives(settings: ModelSettings) -> nn.ModuleList:
-    """The objectives that the config enables; those that share a loss share its parameters."""
+def build_speech_loss(settings: ModelSettings) -> SpeechLoss | None:
+    """The losses on masked speech with their quantizer, if an objective masks speech."""
     chosen, width = settings.objectives, settings.conformer.d_model
+    if chosen.masked_speech is None and chosen.translation_lm is None:
+        return None
     quantizer: GumbelQuantizer | RandomProjectionQuantizer
     if settings.random_projection is not None:
-        quantizer = RandomProjectionQuantizer(
-            settings.random_projection, SUBSAMPLING_FACTOR * settings.speech_encoder.feat_in
-        )
+        features = SUBSAMPLING_FACTOR * settings.speech_encoder.feat_in
+        quantizer = RandomProjectionQuantizer(settings.random_projection, features)
     else:
         assert settings.quantizer is not None
         quantizer = GumbelQuantizer(settings.quantizer, width)
-    speech_loss = SpeechLoss(settings.speech_loss, quantizer, width)
-    text_loss = TextLoss(settings.text_encoder.vocab_size)
+    return SpeechLoss(settings.speech_loss, quantizer, width)
+
+
+def build_objectives(
+    settings: ModelSettings, speech_loss: SpeechLoss | None, text_loss: TextLoss | None
+) -> nn.ModuleDict:
+    """The objectives that the config enables, by name; the two losses that several share stay the model's."""
+    chosen, width = settings.objectives, settings.conformer.d_model
     objectives: list[Objective] = []
     if chosen.masked_speech is not None:
+        assert speech_loss is not None
         objectives.append(MaskedSpeech(chosen.masked_speech.masking, chosen.masked_speech.weight, speech_loss))
     if chosen.masked_text is not None:
+        assert text_loss is not None
         objectives.append(MaskedText(chosen.masked_text.masking, chosen.masked_text.weight, text_loss))
     if chosen.translation_lm is not None:
+        assert speech_loss is not None and text_loss is not None
         tlm = chosen.translation_lm
         objectives.append(TranslationLM(tlm.speech_masking, tlm.token_masking, tlm.weight, speech_loss, text_loss))
     if chosen.matching is not None:
@@ -65,7 +75,7 @@ def build_objectives(settings: ModelSettings) -> nn.ModuleList:
         )
     if chosen.ctc is not None:
         objectives.append(PairCTC(chosen.ctc.weight, width, settings.text_encoder.vocab_size, TranslationLM.name))
-    return nn.ModuleList(objectives)
+    return nn.ModuleDict({objective.name: objective for objective in objectives})
 
 
 class SLAMPretrainingModel(ModelPT, Encoders):
@@ -83,14 +93,17 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         self.preprocessor = self.from_config_dict(self._cfg.preprocessor)
         self._check_preprocessor()
         self.tokenizer_model = self.register_artifact("tokenizer.model_path", cfg.tokenizer.model_path)
-        self.kernels = kernel_backend.resolve(settings.conformer.kernels, self._planned_device(trainer))
         width = settings.conformer.d_model
-        self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer, self.kernels)
+        self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer)
         self.text_encoder = TextEncoder(settings.text_encoder, width)
-        self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer, self.kernels)
+        self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer)
         learned = settings.mask_vector.kind == "learned"
         self.mask_vector = nn.Parameter(torch.randn(width) * settings.mask_vector.std) if learned else None
-        self.objectives = build_objectives(settings)
+        chosen = settings.objectives
+        predicts_text = chosen.masked_text is not None or chosen.translation_lm is not None
+        self.speech_loss = build_speech_loss(settings)
+        self.text_loss = TextLoss(settings.text_encoder.vocab_size) if predicts_text else None
+        self.objectives = build_objectives(settings, self.speech_loss, self.text_loss)
         self.randomness = Randomness(int(cfg.get("seed", 0)))
         self.train_metrics = MetricAccumulator()
         self.validation_metrics = MetricAccumulator()
@@ -103,11 +116,12 @@ class SLAMPretrainingModel(ModelPT, Encoders):
     @property
     def streams(self) -> tuple[str, ...]:
         """The data streams that the stage's objectives need."""
-        return tuple(dict.fromkeys(stream for objective in self.objectives for stream in objective.streams))
+        return tuple(dict.fromkeys(stream for objective in self.objectives.values() for stream in objective.streams))
 
-    @staticmethod
-    def _planned_device(trainer: Trainer | None) -> torch.device:
-        return trainer.strategy.root_device if trainer is not None else torch.device("cpu")
+    @property
+    def kernels(self) -> str:
+        """``torch`` or ``triton``: what the config's choice means on the model's device."""
+        return kernel_backend.resolve(self.settings.conformer.kernels, self.device)
 
     def _check_preprocessor(self) -> None:
         """Randomness must be a function of (seed, step, example): NeMo's dither is not."""
@@ -125,13 +139,14 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             )
 
     def check_tokenizer(self) -> None:
-        """The embedding must hold every piece of the tokenizer."""
+        """The embedding must hold every piece of the tokenizer; random replacements are drawn from its pieces alone."""
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer_model)).get_piece_size()
         if pieces > self.settings.text_encoder.vocab_size:
             raise ValueError(
                 f"the tokenizer {self.tokenizer_model} has {pieces} pieces, model.text_encoder.vocab_size is "
                 f"{self.settings.text_encoder.vocab_size}: raise the latter or train a smaller tokenizer"
             )
+        self.text_encoder.num_pieces = pieces
 
     # ---- data -------------------------------------------------------------------------------------------------------------
 
@@ -168,7 +183,7 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             features,
             frames,
             batch,
-            list(self.objectives),
+            list(self.objectives.values()),
             self.randomness,
             StepSettings(self.kernels, self.settings.pad_multiple, self.settings.max_positions),
             self.settings.mask_vector.std if self.mask_vector is None else self.mask_vector,
@@ -179,7 +194,7 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         """The loss to minimise and its parts. Gradients averaged over ranks are those of the global batch's loss."""
         outputs = self(batch)
         result = ObjectiveOutput()
-        for objective in self.objectives:
+        for objective in self.objectives.values():
             result.extend(objective(outputs))
         # A loss without examples anywhere is 0 / 1, still connected to its parameters.
         counts = sum_over_ranks(torch.stack([loss.count for loss in result.losses])).clamp(min=1)

@@ -378,7 +378,7 @@ def _mask_text(
         epochs,
         key=randomness.key("corruption"),
         mask_id=text_encoder.mask_id,
-        vocab_size=text_encoder.vocab_size,
+        vocab_size=text_encoder.num_pieces,
         backend=settings.kernels,
     )
     return tokens, masks.split(index)

@@ -36,7 +36,7 @@ class ConformerConfig:
 class PackedConformerLayer(ConformerLayer):
     """NeMo's ``ConformerLayer`` (its forward, its parameter names) with attention and convolution that read a layout."""
 
-    def __init__(self, config: ConformerConfig, kernels: str):
+    def __init__(self, config: ConformerConfig):
         super().__init__(
             d_model=config.d_model,
             d_ff=config.d_ff,
@@ -49,15 +49,15 @@ class PackedConformerLayer(ConformerLayer):
         )
         self.self_attn = PackedSelfAttention(config.d_model, config.n_heads, config.dropout_att, config.attention)
         self.conv = PackedConvolution(
-            config.d_model, config.conv_kernel_size, config.conv_norm_groups, config.conv_norm_eps, kernels
+            config.d_model, config.conv_kernel_size, config.conv_norm_groups, config.conv_norm_eps, config.kernels
         )
 
 
 class ConformerStack(nn.ModuleList):
     """``num_layers`` Conformer layers. *Shape:* rows (N, D) and their layout -> rows (N, D)."""
 
-    def __init__(self, config: ConformerConfig, num_layers: int, kernels: str):
-        super().__init__(PackedConformerLayer(config, kernels) for _ in range(num_layers))
+    def __init__(self, config: ConformerConfig, num_layers: int):
+        super().__init__(PackedConformerLayer(config) for _ in range(num_layers))
 
     def forward(self, rows: Tensor, layout: SequenceLayout) -> Tensor:
         x = rows.unsqueeze(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerConvolution
+from slam_kernels import backend as kernel_backend
 from slam_kernels import glu_conv_group_norm_silu
 from torch import Tensor
 
@@ -18,7 +19,7 @@ class PackedConvolution(ConformerConvolution):
 
     Args:
         num_groups, eps: of the GroupNorm; SLAM's norm in place of BatchNorm, 32 groups and 1e-3 as in Lingvo.
-        kernels: ``torch`` or ``triton``.
+        kernels: ``auto``, ``torch`` or ``triton``; looked at in forward, since a model may be moved.
     """
 
     def __init__(self, d_model: int, kernel_size: int, num_groups: int, eps: float, kernels: str):
@@ -38,6 +39,6 @@ class PackedConvolution(ConformerConvolution):
             pad_mask.cu_seqlens,
             num_groups=self.batch_norm.num_groups,
             eps=self.batch_norm.eps,
-            backend=self.kernels,
+            backend=kernel_backend.resolve(self.kernels, rows.device),
         )
         return F.linear(rows, self.pointwise_conv2.weight.squeeze(-1), self.pointwise_conv2.bias).unsqueeze(0)

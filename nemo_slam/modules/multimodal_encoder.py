@@ -34,14 +34,14 @@ class MultimodalEncoderConfig:
 class MultimodalEncoder(nn.Module):
     """Adds positions and modality to the rows of each front end, then runs the shared layers over the packed batch."""
 
-    def __init__(self, config: MultimodalEncoderConfig, conformer: ConformerConfig, kernels: str):
+    def __init__(self, config: MultimodalEncoderConfig, conformer: ConformerConfig):
         super().__init__()
         self.speech_positions = config.speech_positions
         width = conformer.d_model
         self.cls = nn.Parameter(torch.randn(1, width) * width**-0.5)
         self.modality = nn.Parameter(torch.zeros(2, width)) if config.modality_embedding else None
         self.dropout = nn.Dropout(conformer.dropout)
-        self.layers = ConformerStack(conformer, config.num_layers, kernels)
+        self.layers = ConformerStack(conformer, config.num_layers)
 
     def embed_speech(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Projected speech (N, D) and its frame numbers (N,) -> multimodal input rows (N, D)."""

@@ -82,4 +82,5 @@ class GumbelQuantizer(nn.Module):
 
 def perplexity(usage: Tensor) -> Tensor:
     """exp of the entropy of a distribution over codes (K,): how many codes are in use."""
-    return torch.exp(-torch.special.xlogy(usage, usage).sum())
+    # The clamp keeps the gradient finite where a code is not used at all; 0 * log(tiny) is still 0.
+    return torch.exp(-(usage * usage.clamp(min=torch.finfo(usage.dtype).tiny).log()).sum())

@@ -73,10 +73,10 @@ class PackedConvSubsampling(ConvSubsampling):
 class SpeechEncoder(nn.Module):
     """Front end, Conformer layers and projection; masking happens between the first two (see ``objectives``)."""
 
-    def __init__(self, config: SpeechEncoderConfig, conformer: ConformerConfig, kernels: str):
+    def __init__(self, config: SpeechEncoderConfig, conformer: ConformerConfig):
         super().__init__()
         self.pre_encode = PackedConvSubsampling(config.feat_in, conformer.d_model, config.conv_channels)
-        self.layers = ConformerStack(conformer, config.num_layers, kernels)
+        self.layers = ConformerStack(conformer, config.num_layers)
         self.proj = nn.Linear(conformer.d_model, conformer.d_model)
 
     def subsample(self, features: Tensor, lengths: np.ndarray) -> Tensor:

@@ -26,6 +26,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.mask_id = config.vocab_size
+        self.num_pieces = config.vocab_size  # the tokenizer's, which may have fewer
         self.embedding = nn.Embedding(config.vocab_size + 1, d_model)
         # Unit variance after the scaling below, and logits of order one where the output projection shares the weight.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)

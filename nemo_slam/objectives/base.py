@@ -79,6 +79,10 @@ class Objective(nn.Module):
     def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
         raise NotImplementedError
 
+    def _refer(self, name: str, module: nn.Module) -> None:
+        """Keep a module that the model owns without registering it here: its parameters have one name, the model's."""
+        object.__setattr__(self, name, module)
+
 
 def count(value: int | Tensor, like: Tensor) -> Tensor:
     """A count as a scalar on the device of ``like``, in the loss's accumulation type."""

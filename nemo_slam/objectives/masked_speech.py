@@ -99,10 +99,11 @@ class SpeechLoss(nn.Module):
         loss, correct = span_contrastive(
             contexts, quantized.vectors, distractors, temperature=config.temperature, backend=backend
         )
-        total = count(rows, loss)
+        # Accuracy is over the rows that still have a distractor: under collapse few are left, and it must not look like failure.
+        contested = count((distractors >= 0).any(dim=1).sum(), loss)
         return ObjectiveOutput(
-            [Loss(f"{prefix}/contrastive", loss, total, weight * config.contrastive_weight)],
-            [Metric(f"{prefix}/contrastive_accuracy", correct.sum(), total)],
+            [Loss(f"{prefix}/contrastive", loss, count(rows, loss), weight * config.contrastive_weight)],
+            [Metric(f"{prefix}/contrastive_accuracy", correct.sum(), contested)],
         )
 
     def _codes(
@@ -152,7 +153,7 @@ class MaskedSpeech(Objective):
     def __init__(self, masking: SpeechMasking, weight: float, loss: SpeechLoss):
         super().__init__()
         self.weight = weight
-        self.loss = loss
+        self._refer("loss", loss)
         self.speech = (SpeechInput(self.name, "speech", masking),)
         self.multimodal = (MultimodalInput(self.name, speech=self.name),)
 

@@ -49,7 +49,7 @@ class MaskedText(Objective):
     def __init__(self, masking: TokenMasking, weight: float, loss: TextLoss):
         super().__init__()
         self.weight = weight
-        self.loss = loss
+        self._refer("loss", loss)
         self.text = (TextInput(self.name, "text", masking),)
         self.multimodal = (MultimodalInput(self.name, text=self.name),)
 

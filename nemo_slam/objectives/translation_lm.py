@@ -29,8 +29,8 @@ class TranslationLM(Objective):
     ):
         super().__init__()
         self.weight = weight
-        self.speech_loss = speech_loss
-        self.text_loss = text_loss
+        self._refer("speech_loss", speech_loss)
+        self._refer("text_loss", text_loss)
         self.speech = (SpeechInput(self.name, "pairs", speech_masking),)
         self.text = (TextInput(self.name, "pairs", token_masking),)
         self.multimodal = (MultimodalInput(self.name, cls=True, speech=self.name, text=self.name),)

@@ -1,6 +1,6 @@
 """Checkpoints of which a rerun can trust every one: written under another name, flushed, then renamed.
 
-A checkpoint is named ``step=000001000.ckpt``. A kill at any moment leaves the previous one whole; a leftover of an unfinished
+A checkpoint is named ``step_000001000.ckpt``. A kill at any moment leaves the previous one whole; a leftover of an unfinished
 save ends in ``.part`` and is removed by the next start.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 
-NAME = re.compile(r"step=(\d+)\.ckpt")
+NAME = re.compile(r"step_(\d+)\.ckpt")
 
 
 def finished_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, path) of every finished checkpoint, oldest first."""
-    found = ((NAME.fullmatch(path.name), path) for path in folder.glob("step=*.ckpt"))
+    found = ((NAME.fullmatch(path.name), path) for path in folder.glob("step_*.ckpt"))
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
@@ -55,12 +56,26 @@ def _of_every_rank(value: Any) -> list[Any]:
     return values
 
 
+def checkpoint_callback(trainer: Trainer) -> StepCheckpoint:
+    """The trainer's :class:`StepCheckpoint`."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, StepCheckpoint))
+
+
+def exit_if_terminated(trainer: Trainer) -> None:
+    """After a SIGTERM that was answered by saving: end with the status of a terminated process."""
+    if checkpoint_callback(trainer).terminated:
+        sys.exit(128 + signal.SIGTERM)
+
+
 class StepCheckpoint(Callback):
     """Saves every ``every_n_steps`` optimizer steps, at the end, and on SIGTERM; keeps the last ``keep_last``.
 
     Dropout draws from torch's generator, the one piece of randomness that is not a function of the step: every rank's
     state is saved, and restored right before the first batch after a resume.
     """
+
+    identity: dict[str, Any] | None = None
+    """What must be the same when a run is resumed, by name: the data and their order. None leaves it unchecked."""
 
     def __init__(self, folder: Path, every_n_steps: int, keep_last: int):
         if every_n_steps < 1 or keep_last < 1:
@@ -69,7 +84,8 @@ class StepCheckpoint(Callback):
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
         self._saved_at = -1
-        self._terminated = False
+        self.terminated = False
+        self._signalled = False
         self._random_state: list[dict[str, torch.Tensor]] | None = None
         self._previous_handler: Any = None
 
@@ -91,18 +107,32 @@ class StepCheckpoint(Callback):
             self._previous_handler = None
 
     def _on_sigterm(self, number: int, frame: object) -> None:
-        self._terminated = True
+        self._signalled = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_state"] = _of_every_rank(_random_state())
-        # Lightning counts a batch as completed only after the hook that saves, and would number it again after a resume: with
-        # gradient accumulation, every later step would end one micro-batch early.
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["current"], progress["total"]):
-            counts["completed"] = counts["processed"]
-
+        checkpoint["identity"] = self.identity
+        # NeMo's copy of the config, objects that no weights-only reader takes; the run folder has it as config.yaml.
+        for key in ("hyper_parameters", "hparams_name", "hparams_type"):
+            checkpoint.pop(key, None)
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_state = checkpoint.get("random_state")
+        self._check_identity(checkpoint.get("identity"))
+        # Lightning takes an optimizer step whenever this count is a multiple of accumulate_grad_batches, and the loader starts
+        # at the same number: so both must follow a change of that setting.
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["current"], progress["total"]):
+            counts.update(dict.fromkeys(("ready", "started", "processed", "completed"), batches))
+
+    def _check_identity(self, saved: dict[str, Any] | None) -> None:
+        if saved is None or self.identity is None or saved == self.identity:
+            return
+        names = [name for name in {**saved, **self.identity} if saved.get(name) != self.identity.get(name)]
+        raise ValueError(
+            f"{self.folder} holds checkpoints of a run with other data: {', '.join(names)} changed, so the steps that follow would "
+            "repeat some examples and miss others. Put them back, or give the new run another name and start it with init_from"
+        )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         states, self._random_state = self._random_state, None
@@ -122,10 +152,11 @@ class StepCheckpoint(Callback):
         step = trainer.global_step
         if step == self._saved_at or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        stop = trainer.strategy.reduce_boolean_decision(self._terminated, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)
         if stop:
+            self.terminated = True
             logging.warning(f"SIGTERM: saved step {step}, stopping; the same command resumes from here")
             trainer.should_stop = True
             trainer.limit_val_batches = 0  # Lightning validates before it stops; a terminated run has no time for that
@@ -133,7 +164,7 @@ class StepCheckpoint(Callback):
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint of the current step, all ranks together, then drop the oldest beyond ``keep_last``."""
         step = trainer.global_step
-        final = self.folder / f"step={step:09d}.ckpt"
+        final = self.folder / f"step_{step:09d}.ckpt"
         part = final.with_suffix(".ckpt.part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,7 +65,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 return torch.load(archive.extractfile(member), map_location="cpu", weights_only=True)
         except tarfile.TarError as error:
             raise ValueError(f"init_from: {path} is not a .nemo archive: {error}") from error
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"init_from: {path} holds more than weights, which is refused: use the .nemo of that run ({error.args[0][:120]})"
+        ) from error
     if "state_dict" not in content:
         raise ValueError(f"init_from: {path} has no state_dict: expected a .nemo or a Lightning .ckpt")
     return content["state_dict"]

@@ -16,9 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.loader import build_streams
 from nemo_slam.data.stream import Stream
+from nemo_slam.evaluation.probes import Probes
 from nemo_slam.models.pretraining import SLAMPretrainingModel
-from nemo_slam.training.checkpoints import StepCheckpoint, finished_checkpoints
+from nemo_slam.training.checkpoints import (
+    StepCheckpoint,
+    checkpoint_callback,
+    exit_if_terminated,
+    finished_checkpoints,
+)
 from nemo_slam.training.data_module import SLAMDataModule
+from nemo_slam.training.guards import StepGuard, memory_advice
 from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.run_folder import RunMetrics
 
@@ -43,7 +50,11 @@ def prepare_data(data: DictConfig, vocab_size: int) -> None:
         raise FileNotFoundError(
             f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; train one with scripts/train_tokenizer.py"
         )
-    ensure_tokenizer(data.root, vocab_size)
+    folder = ensure_tokenizer(data.root, vocab_size)
+    if not Path(data.tokenizer.model_path).is_file():
+        raise FileNotFoundError(
+            f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; the recipe's own tokenizer is in {folder}"
+        )
 
 
 def make_loggers(node: DictConfig, run_folder: Path) -> list[Logger]:
@@ -94,7 +105,7 @@ def start_up_table(cfg: DictConfig, trainer: Trainer, model: SLAMPretrainingMode
         ("kernels", f"{model.kernels} (kernels: {model.settings.conformer.kernels})"),
         ("attention", f"{layer.self_attn.backend} (attention: {model.settings.conformer.attention})"),
         ("parameters", f"{parameters / 1e6:.2f} M"),
-        ("objectives", ", ".join(objective.name for objective in model.objectives)),
+        ("objectives", ", ".join(model.objectives)),
         ("steps", f"{trainer.max_steps}, {trainer.accumulate_grad_batches} micro-batch(es) each"),
         *((f"stream {name}", stream.summary()) for name, stream in streams.items()),
     ]
@@ -120,8 +131,12 @@ def _save_config(cfg: DictConfig, run_folder: Path) -> None:
 def save_nemo(model: Any, path: Path) -> None:
     """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive."""
     part = path.with_name(f".{path.stem}.part.nemo")
-    model.save_to(str(part))
-    os.replace(part, path)
+    trainer: Trainer | None = model.trainer
+    if trainer is None or trainer.is_global_zero:  # NeMo writes on this rank alone, and no rank waits
+        model.save_to(str(part))
+        os.replace(part, path)
+    if trainer is not None:
+        trainer.strategy.barrier()
 
 
 def pretrain(cfg: DictConfig) -> Path:
@@ -130,10 +145,15 @@ def pretrain(cfg: DictConfig) -> Path:
     seed_everything(cfg.seed, verbose=False)
     run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
     run_folder.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(cfg, run_folder, RunMetrics(run_folder, cfg.trainer.log_every_n_steps))
+    others: list[Callback] = [] if cfg.guard is None else [StepGuard(run_folder, **cfg.guard)]
+    if cfg.probes:
+        others.append(Probes())
+    trainer = make_trainer(cfg, run_folder, RunMetrics(run_folder, cfg.trainer.log_every_n_steps), *others)
     _say_demonstration(cfg, trainer)
     prepare_data(cfg.data, cfg.model.text_encoder.vocab_size)
     model = SLAMPretrainingModel(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)), trainer)
+
+    torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
 
     bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
     common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
@@ -144,6 +164,7 @@ def pretrain(cfg: DictConfig) -> Path:
         validation = build_streams(node, **common, split="validation")
     pin = trainer.strategy.root_device.type == "cuda"
     data = SLAMDataModule(train, validation, cfg.data.num_workers, pin)
+    checkpoint_callback(trainer).identity = data_identity(cfg, train)
 
     checkpoints = finished_checkpoints(run_folder / "checkpoints")
     resume = checkpoints[-1] if checkpoints else None
@@ -155,8 +176,10 @@ def pretrain(cfg: DictConfig) -> Path:
         _save_config(cfg, run_folder)
         logging.info(start_up_table(cfg, trainer, model, train))
 
-    trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
+    with memory_advice(cfg):
+        trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
 
+    exit_if_terminated(trainer)
     if trainer.global_step >= trainer.max_steps:
         save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
@@ -164,6 +187,15 @@ def pretrain(cfg: DictConfig) -> Path:
         left_out = f"; {bad_rows.count()} bad rows, listed in {bad_rows.path}" if bad_rows.count() else ""
         logging.info(f"step {trainer.global_step}/{trainer.max_steps} after {minutes:.1f} min; run folder: {run_folder}{left_out}")
     return run_folder
+
+
+def data_identity(cfg: DictConfig, streams: dict[str, Stream]) -> dict[str, Any]:
+    """What decides which examples a step holds; a resume with anything else would not be one."""
+    of_streams = {
+        f"stream {name}": [stream.index.meta["digest"], stream.sampler.frames_per_step, stream.sampler.window]
+        for name, stream in streams.items()
+    }
+    return {"seed": cfg.seed, **of_streams}
 
 
 def _needed(node: DictConfig, streams: tuple[str, ...], where: str) -> dict[str, Any]:

@@ -24,13 +24,16 @@ class MetricsFile:
         self.columns: list[str] = ["step"]
 
     def open_at(self, step: int) -> None:
-        """Prepare for rows after ``step``: rows beyond it, and a last line that a kill cut short, are dropped."""
+        """Prepare for what follows a checkpoint at ``step``: later rows, and a last line that a kill cut short, are dropped.
+
+        So is a validation at ``step`` itself, which Lightning repeats after a resume.
+        """
         rows = []
         if self.path.exists():
             with self.path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 self.columns = list(reader.fieldnames or ["step"])
-                rows = [row for row in reader if None not in row.values() and row["step"].isdigit() and int(row["step"]) <= step]
+                rows = [row for row in reader if None not in row.values() and _is_before(row, step)]
         self._rewrite(rows)
 
     def append(self, row: dict[str, Any]) -> None:
@@ -52,6 +55,12 @@ class MetricsFile:
         part = self.path.with_suffix(".csv.part")
         part.write_text(",".join(self.columns) + "\n" + self._lines(rows))
         os.replace(part, self.path)
+
+
+def _is_before(row: dict[str, str], step: int) -> bool:
+    if not row["step"].isdigit():
+        return False
+    return int(row["step"]) < step or (int(row["step"]) == step and bool(row.get("loss")))
 
 
 class RunMetrics(Callback):

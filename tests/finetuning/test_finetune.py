@@ -46,11 +46,12 @@ def config(corpus, exp_dir, *overrides, name="asr_ctc"):
         )
 
 
-def scratch(corpus, exp_dir, *overrides):
+def scratch(corpus, exp_dir, *overrides, name="asr_ctc"):
     """A very small encoder of its own, for what needs no pre-trained one."""
     small = ["conformer.d_model=16", "conformer.d_ff=32", "conformer.n_heads=2", "conformer.conv_norm_groups=4"]
     layers = ["speech_encoder.num_layers=1", "speech_encoder.conv_channels=4", "multimodal_encoder.num_layers=1"]
-    return config(corpus, exp_dir, *(f"model.encoder.{key}" for key in [*small, *layers]), *overrides)
+    encoder = [f"model.encoder.{key}" for key in [*small, *layers]]
+    return config(corpus, exp_dir, *encoder, *overrides, name=name)
 
 
 def rows(run_folder):
@@ -227,7 +228,7 @@ def test_bad_audio_is_left_out_and_listed(corpus, tmp_path):
     ("override", "message"),
     [
         ("data.train_ds.manifest_filepath={}/xx.json", r"xx\.json does not exist; in .* there are manifest\.json"),
-        ("model.tokenizer.dir={}/none", r"holds no tokenizer\.model; train a tokenizer with scripts/train_tokenizer\.py"),
+        ("model.tokenizer.dir={}/none", r"holds no tokenizer\.model; train a tokenizer with scripts"),
         ("data.train_ds.text_key=summary", "has a string 'summary'"),
         ("init_from={}/none.nemo", r"init_from: .*none\.nemo does not exist"),
     ],
@@ -235,3 +236,55 @@ def test_bad_audio_is_left_out_and_listed(corpus, tmp_path):
 def test_what_cannot_work_says_so_at_once(corpus, tmp_path, override, message):
     with pytest.raises((FileNotFoundError, EmptyStreamError), match=message):
         finetune(scratch(corpus, tmp_path, override.format(corpus.parent)))
+
+
+TRANSDUCER = ["model.decoder.prednet.pred_hidden=8", "model.joint.jointnet.joint_hidden=8"]
+TRANSLATOR = [f"model.transf_decoder.{key}" for key in ("hidden_size=16", "inner_size=16", "max_sequence_length=24")]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "overrides"),
+    [
+        ("asr_rnnt", "EncDecRNNTBPEModel", TRANSDUCER),
+        ("asr_hybrid", "EncDecHybridRNNTCTCBPEModel", TRANSDUCER),
+        ("st", "EncDecTransfModelBPE", [*TRANSLATOR, "data.train_ds.text_key=translation", "tokenizer.vocab_size=20"]),
+    ],
+)
+def test_other_stock_models_take_the_encoder(corpus, tmp_path, waves, name, target, overrides):
+    """Trained, validated and saved; restored, they give each utterance the same text alone and in a batch."""
+    from nemo_slam.evaluation.transcription import find_items, restore, transcribe
+
+    steps = ["trainer.max_steps=2", "trainer.val_check_interval=2"]
+    run_folder = finetune(scratch(corpus, tmp_path, *overrides, *steps, name=name))
+    assert [row["step"] for row in rows(run_folder)] == ["1", "2", "2"]
+    model = restore(run_folder / f"{name}.nemo")
+    assert type(model).__name__ == target
+    assert not [key for key in model.state_dict() if "_extra_state" in key]
+    together = [item.row["pred_text"] for item in transcribe(model, find_items(waves[0]), batch_size=3)]
+    assert [next(transcribe(model, find_items([path]))).row["pred_text"] for path in waves[0]] == together
+
+
+def test_a_tokenizer_without_sequence_symbols_is_refused_for_translation(corpus, tones_tokenizer, tmp_path):
+    cfg = scratch(corpus, tmp_path, *TRANSLATOR, f"model.tokenizer.dir={tones_tokenizer}", name="st")
+    with pytest.raises(ValueError, match=r"no <s>, </s> and <pad>.*--sequence-symbols"):
+        finetune(cfg)
+
+
+def test_early_stopping_keeps_the_best_weights(corpus, tmp_path):
+    """With a rate of zero nothing ever improves on the first validation: it stops after the second one more."""
+    still = ["model.optim.lr=0.0", "model.optim_param_groups.encoder.lr=0.0", "model.optim.sched.min_lr=0.0"]
+    overrides = [*still, "trainer.max_steps=9", "trainer.val_check_interval=1", "early_stopping.patience=2"]
+    run_folder = finetune(scratch(corpus, tmp_path, *overrides))
+    assert rows(run_folder)[-1]["step"] == "3"
+    best = torch.load(run_folder / "checkpoints" / "best.pt", weights_only=True)
+    assert best["step"] == 1
+    saved = read_weights(run_folder / "asr_ctc.nemo")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in best["weights"].items())
+
+
+def test_a_figure_that_is_never_logged_cannot_be_monitored(corpus, tmp_path):
+    cfg = scratch(
+        corpus, tmp_path, "early_stopping.patience=1", "early_stopping.monitor=val_bleu", "trainer.val_check_interval=1"
+    )
+    with pytest.raises(ValueError, match=r"logs no 'val_bleu', but val_loss, val_wer"):
+        finetune(cfg)

@@ -10,12 +10,12 @@ import torch
 from nemo_slam.data.bad_rows import BadRows, DataError, EmptyStreamError
 from nemo_slam.data.tokenizer import train_on_lines
 from nemo_slam.finetuning.loader import TranscriptDataset, collate
-from nemo_slam.finetuning.transcripts import TranscriptStream, Utterances, ctc_frames_needed
+from nemo_slam.finetuning.transcripts import Limits, TranscriptStream, Utterances, ctc_frames_needed
 
 
 def open_stream(manifest, tokenizer, tmp_path, **options):
     node = {"manifest_filepath": str(manifest), "frames_per_step": 300, "cache_dir": str(tmp_path / "index")}
-    keywords = {k: options.pop(k) for k in ("seed", "ctc_frame", "bad_rows") if k in options}
+    keywords = {k: options.pop(k) for k in ("seed", "limits", "bad_rows") if k in options}
     return TranscriptStream({**node, **options}, tokenizer / "tokenizer.model", **{"seed": 0, **keywords})
 
 
@@ -68,13 +68,20 @@ def test_ctc_frames_needed():
 def test_rows_that_ctc_cannot_place_are_filtered_and_counted(corpus, tones_tokenizer, tmp_path):
     plain = open_stream(corpus, tones_tokenizer, tmp_path)
     frame = 40  # of 10 ms: a word is 30
-    stream = open_stream(corpus, tones_tokenizer, tmp_path, ctc_frame=frame)
+    stream = open_stream(corpus, tones_tokenizer, tmp_path, limits=Limits(ctc_frame=frame))
     fits = [
         ctc_frames_needed(plain.text(i).tolist()) <= -(-plain.index.length[i] // frame) for i in range(len(plain.index))
     ]
     assert 0 < sum(fits) < len(fits)
     assert len(stream.index) == sum(fits)
     assert stream.index.meta["filtered"] == {"with more tokens than CTC can place": len(fits) - sum(fits)}
+
+
+def test_rows_longer_than_a_decoders_positions_are_filtered(corpus, tones_tokenizer, tmp_path):
+    lengths = [len(tokens) for tokens in everything(open_stream(corpus, tones_tokenizer, tmp_path)).values()]
+    stream = open_stream(corpus, tones_tokenizer, tmp_path, limits=Limits(max_tokens=3))
+    assert len(stream.index) == sum(n <= 3 for n in lengths)
+    assert stream.index.meta["filtered"] == {"longer than 3 tokens": sum(n > 3 for n in lengths)}
 
 
 def test_collate_pads_and_frames_the_text():

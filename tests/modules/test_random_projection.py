@@ -58,8 +58,8 @@ def test_targets_are_codes_of_four_frames_of_the_mel(model, make_batch):
     """Values and gradients of the one loss, with targets from the utterances' own mel, cut up here."""
     batch = make_batch(speech=(1.55, 1.02, 2.03))
     outputs = model(batch)
-    loss = model.objectives[0].loss
-    result = model.objectives[0](outputs)
+    loss = model.objectives["masked_speech"].loss
+    result = model.objectives["masked_speech"](outputs)
     assert [item.name for item in result.losses] == ["masked_speech/codes"]
 
     mel, frames = exact_features(batch)

@@ -19,7 +19,7 @@ def encoders():
     """(stock, ours) with the same weights, in float64."""
     torch.manual_seed(0)
     config = ConformerConfig(d_model=32, d_ff=64, n_heads=4, conv_norm_groups=8, conv_norm_eps=EPS, dropout=0.0)
-    ours = SpeechEncoder(SpeechEncoderConfig(feat_in=80, conv_channels=6, num_layers=3), config, "torch").double()
+    ours = SpeechEncoder(SpeechEncoderConfig(feat_in=80, conv_channels=6, num_layers=3), config).double()
     stock = ConformerEncoder(
         feat_in=80,
         n_layers=3,

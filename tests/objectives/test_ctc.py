@@ -57,7 +57,7 @@ def step(build_model, detached):
     def build(batch):
         model = build_model(objectives=OBJECTIVES)
         outputs = detached(model, batch)
-        ctc = model.objectives[1]
+        ctc = model.objectives["ctc"]
         return model, outputs, ctc, ctc(outputs)
 
     return build

@@ -18,7 +18,7 @@ def batch(make_batch):
 
 
 def objective(model, name):
-    return next(o for o in model.objectives if o.name == name)
+    return model.objectives[name]
 
 
 def gradients(loss, leaves):

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,15 @@ TIMES = {"frames_per_second", "tokens_per_second", "seconds"}
 
 
 def metrics(folder):
-    """{(step, is validation): figures}, without what depends on the clock."""
+    """The rows of metrics.csv, without what depends on the clock."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return {(row["step"], row["loss"] == ""): {k: v for k, v in row.items() if k not in TIMES} for row in rows}
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def steps(folder):
+    """Steps of the training rows."""
+    return [int(row["step"]) for row in metrics(folder) if row["loss"]]
 
 
 class _Killed(Exception):
@@ -48,7 +54,15 @@ def interrupted(monkeypatch, cfg, *callbacks):
         return module.pretrain(cfg)
 
 
-@pytest.mark.parametrize("options", [(), ("trainer.accumulate_grad_batches=2", "data.num_workers=2")], ids=["plain", "accumulate"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("trainer.val_check_interval=4",),  # at the very step of a checkpoint
+        ("trainer.accumulate_grad_batches=2", "data.num_workers=2"),
+    ],
+    ids=["plain", "validation", "accumulate"],
+)
 def test_a_killed_run_repeats_at_most_an_interval_and_equals_an_unbroken_one(pretrain_config, monkeypatch, options):
     """With dropout, a validation in between, and streams that wrap (18 utterances are a few steps)."""
     whole = module.pretrain(pretrain_config(2, "name=whole", *options))
@@ -57,7 +71,7 @@ def test_a_killed_run_repeats_at_most_an_interval_and_equals_an_unbroken_one(pre
         interrupted(monkeypatch, cfg, KillAt(7))
     folder = whole.parent / "broken"
     assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [4]
-    (folder / "checkpoints" / "step=000000008.ckpt.part").write_bytes(b"half a save")
+    (folder / "checkpoints" / "step_000000008.ckpt.part").write_bytes(b"half a save")
 
     messages = []
     monkeypatch.setattr(module.logging, "info", lambda text, *args: messages.append(str(text)))
@@ -65,10 +79,9 @@ def test_a_killed_run_repeats_at_most_an_interval_and_equals_an_unbroken_one(pre
     assert any("resuming from step 4" in text for text in messages)
     assert not list((folder / "checkpoints").glob("*.part"))
     assert metrics(folder) == metrics(whole)
-    steps = [int(step) for step, validation in metrics(folder) if not validation]
-    assert steps == list(range(1, 13))
+    assert steps(folder) == list(range(1, 13))
 
-    weights = [torch.load(f / "checkpoints" / "step=000000012.ckpt", weights_only=False)["state_dict"] for f in (whole, folder)]
+    weights = [torch.load(f / "checkpoints" / "step_000000012.ckpt", weights_only=False)["state_dict"] for f in (whole, folder)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (folder / "broken.nemo").is_file()
 
@@ -80,12 +93,15 @@ def test_sigterm_saves_and_the_next_run_goes_on(pretrain_config, monkeypatch):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     cfg = pretrain_config(1, "trainer.max_steps=5")
-    folder = interrupted(monkeypatch, cfg, Terminate())
+    with pytest.raises(SystemExit) as ended:
+        interrupted(monkeypatch, cfg, Terminate())
+    assert ended.value.code == 143
+    folder = Path(cfg.exp_manager.exp_dir) / cfg.name
     assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [3]
     assert not list(folder.glob("*.nemo"))
     module.pretrain(cfg)
     assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [3, 4, 5]
-    assert sorted({int(step) for step, _ in metrics(folder)}) == [1, 2, 3, 4, 5]
+    assert steps(folder) == [1, 2, 3, 4, 5]
 
 
 def test_a_failing_save_keeps_the_previous_checkpoint(pretrain_config, monkeypatch):
@@ -116,7 +132,7 @@ def test_stage_2_starts_from_stage_1_and_says_what_was_loaded(pretrain_config, m
     monkeypatch.setattr(module.logging, "info", lambda text, *args: messages.append(str(text)))
     module.pretrain(pretrain_config(2, "trainer.max_steps=1", f"init_from={first}/slam_stage1.nemo"))
     report = next(text for text in messages if text.startswith("initialised from"))
-    assert "objectives.3.head.weight (32)" in report.split("left as initialised:")[1]
+    assert "left as initialised: objectives.matching.head.weight (32), objectives.matching.head.bias (1)" in report
     assert "in the file but not in the model" not in report
 
 
@@ -127,11 +143,11 @@ def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, mo
     third = module.pretrain(pretrain_config(3, "trainer.max_steps=2", f"init_from={second}/slam_stage2.nemo"))
     report = next(text for text in messages if text.startswith("initialised from"))
     assert "(100.0% of the model)" in report
-    assert "objectives.3.head.weight" in report.split("in the file but not in the model:")[1]
+    assert "objectives.matching.head.weight" in report.split("in the file but not in the model:")[1]
     table = next(text for text in messages if text.startswith("run:"))
     assert "stream speech" in table
     assert "stream text" not in table
-    assert {name for name in next(iter(metrics(third).values())) if "/" in name and "code" not in name} == {
+    assert {name for name in metrics(third)[0] if "/" in name and "code" not in name} == {
         "masked_speech/contrastive",
         "masked_speech/contrastive_accuracy",
         "masked_speech/diversity",
@@ -141,7 +157,7 @@ def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, mo
 
 def test_one_stage_with_ctc(pretrain_config):
     folder = module.pretrain(pretrain_config("slam_one_stage", "trainer.max_steps=2", "model.objectives.ctc={weight: 0.03}"))
-    last = metrics(folder)["2", False]
+    last = metrics(folder)[-1]
     for name in ("masked_speech/codes", "masked_text/tokens", "translation_lm/tokens", "matching", "ctc"):
         assert float(last[name]) > 0
     assert 0 <= float(last["ctc/skipped"]) <= 1
@@ -152,3 +168,37 @@ def test_starting_from_another_architecture_is_refused(pretrain_config):
     other = "model.conformer={d_model: 48, d_ff: 64, n_heads: 2, conv_norm_groups: 4}"
     with pytest.raises(ValueError, match=r"(?s)shapes differ.*below the 50% wanted"):
         module.pretrain(pretrain_config(2, "name=other", other, f"init_from={first}/slam_stage1.nemo"))
+
+
+def test_accumulation_may_change_between_runs(pretrain_config, monkeypatch):
+    """Each step still reads its own batch: the ids that a step sees do not depend on how it is cut."""
+    seen = {}
+
+    class Record(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            ids = {(int(i), int(e)) for i, e in zip(batch.speech.ids, batch.speech.epochs, strict=True)}
+            seen.setdefault(trainer.global_step, set()).update(ids)
+
+    interrupted(monkeypatch, pretrain_config(1, "name=whole", "trainer.max_steps=8"), Record())
+    whole, seen = seen, {}
+    module.pretrain(pretrain_config(1, "name=changed", "trainer.max_steps=4"))
+    interrupted(
+        monkeypatch, pretrain_config(1, "name=changed", "trainer.max_steps=8", "trainer.accumulate_grad_batches=3"), Record()
+    )
+    assert sorted(seen) == [4, 5, 6, 7]
+    assert all(seen[step] == whole[step] for step in seen)
+
+
+def test_other_data_are_not_a_resume(pretrain_config):
+    module.pretrain(pretrain_config(1, "trainer.max_steps=4"))
+    with pytest.raises(ValueError, match=r"other data: stream speech changed.*init_from"):
+        module.pretrain(pretrain_config(1, "trainer.max_steps=8", "data.train_ds.speech.frames_per_step=500"))
+
+
+def test_a_checkpoint_is_as_good_a_start_as_a_nemo(pretrain_config, monkeypatch):
+    first = module.pretrain(pretrain_config(1, "trainer.max_steps=4"))
+    messages = []
+    monkeypatch.setattr(module.logging, "info", lambda text, *args: messages.append(str(text)))
+    path = first / "checkpoints" / "step_000000004.ckpt"
+    module.pretrain(pretrain_config(1, "name=next", "trainer.max_steps=1", f"init_from={path}"))
+    assert any("(100.0% of the model)" in text for text in messages)

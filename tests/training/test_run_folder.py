@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nemo_slam.objectives.base import Histogram, Loss, Metric, ObjectiveOutput
-from nemo_slam.training.metrics import MetricAccumulator
+from nemo_slam.objectives.metrics import MetricAccumulator
 from nemo_slam.training.run_folder import MetricsFile
 
 
@@ -66,6 +66,14 @@ def test_averages_weigh_every_example_alike():
     assert figures["code_information_gain"] == pytest.approx(entropy - 32 / 12)
     assert figures["code_top_share"] == 0.5
     assert metrics.flush() == {}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_not_hidden(value):
+    metrics = MetricAccumulator()
+    metrics.update(output(30.0, 10), {})
+    metrics.update(output(value, 2), {})
+    assert str(metrics.flush()["loss"]) == str(value)
 
 
 def test_a_loss_without_examples_is_not_a_number_and_not_in_the_sum():

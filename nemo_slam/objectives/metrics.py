@@ -14,7 +14,8 @@ from nemo_slam.objectives.base import ObjectiveOutput, sum_over_ranks
 class MetricAccumulator:
     """Sums (sum, count) pairs and histograms until :meth:`flush`.
 
-    ``loss`` is the weighted sum of the mean losses, each mean taken over the whole interval and all ranks.
+    ``loss`` is the weighted sum of the mean losses, each mean taken over the whole interval and all ranks. A loss without a
+    single example is left out; one that is not a number is not.
     """
 
     def __init__(self) -> None:
@@ -37,7 +38,11 @@ class MetricAccumulator:
             self._add(f"histogram:{histogram.name}", histogram.counts.detach().double())
             self._histogram_losses[histogram.name] = histogram.loss
         for name, value in volume.items():
-            self._add(f"sum:{name}", torch.tensor(value, dtype=torch.float64))
+            self.add(name, value)
+
+    def add(self, name: str, value: float) -> None:
+        """Add to a figure that is summed over the interval and all ranks; every rank must add to the same names."""
+        self._add(f"sum:{name}", torch.tensor(value, dtype=torch.float64))
 
     def _add(self, key: str, value: Tensor) -> None:
         self._sums[key] = value if key not in self._sums else self._sums[key] + value.to(self._sums[key].device)
@@ -68,6 +73,6 @@ class MetricAccumulator:
                 figures[f"{name}_perplexity"] = math.exp(entropy)
                 figures[f"{name}_top_share"] = usage.max().item()
                 figures[f"{name}_information_gain"] = entropy - figures[self._histogram_losses[name]]
-        means = [weight * figures[name] for name, weight in self._losses.items() if not math.isnan(figures[name])]
-        figures["loss"] = math.fsum(means)
+        present = {name for name in self._losses if sums[f"mean:{name}"][1] > 0}
+        figures["loss"] = sum(weight * figures[name] for name, weight in self._losses.items() if name in present)
         return figures
