@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from nemo_slam.objectives.base import sum_over_ranks, world_size
+from nemo_slam.objectives.metrics import MetricAccumulator
 
 STREAMS = ("speech", "text", "pairs")
 
@@ -90,7 +91,8 @@ class StepGuard(Callback):
         flags = torch.stack([self._bad_loss.to(norm.device), norm.double()])
         bad, norms = sum_over_ranks(flags).tolist()
         reason = self._reason(bad, norms / world_size())
-        pl_module.train_metrics.add("skipped_steps", (reason is not None) / world_size())
+        metrics: MetricAccumulator = pl_module.train_metrics  # type: ignore[assignment]
+        metrics.add("skipped_steps", (reason is not None) / world_size())
         if reason is None:
             self._consecutive = 0
             self._norms = [*self._norms, norms / world_size()][-self.history :]
