@@ -101,20 +101,20 @@ def cases() -> list[Case]:
     draws = {"STEPS": 9, "QUADS": 32, "ROWS": 8, "NUM": MASKED}
     tokens = {"TOKENS": "*i64", "OUT": "*i64", "mask_id": "i32", "vocab": "i32", "masks": "i32", "changes": "i32"}
     return [
-        convolution("statistics_partials", "statistics", "bf16", 5, 148, loads_16=10),
-        convolution("statistics_partials", "statistics", "fp32", 5, 88, loads_16=10),
-        convolution("statistics_finish", "statistics", "bf16", 5, 40),
-        convolution("normalise", "normalise", "bf16", 5, 152, loads_16=10, stores_16=5),
-        convolution("normalise", "normalise", "fp32", 5, 80, loads_16=10, stores_16=5),
-        convolution("normalise", "normalise", "bf16", 31, 96),
-        convolution("norm_gradient_partials", "norm_gradient", "bf16", 5, 176, loads_16=15),
-        convolution("norm_gradient_partials", "norm_gradient", "fp32", 5, 136, loads_16=15),
-        convolution("norm_gradient_finish", "norm_gradient", "bf16", 5, 40),
+        convolution("statistics_partials", "statistics", "bf16", 5, 144, loads_16=10),
+        convolution("statistics_partials", "statistics", "fp32", 5, 80, loads_16=10),
+        convolution("statistics_finish", "statistics", "bf16", 5, 48),
+        convolution("normalise", "normalise", "bf16", 5, 148, loads_16=10, stores_16=5),
+        convolution("normalise", "normalise", "fp32", 5, 84, loads_16=10, stores_16=5),
+        convolution("normalise", "normalise", "bf16", 31, 88),
+        convolution("norm_gradient_partials", "norm_gradient", "bf16", 5, 172, loads_16=15),
+        convolution("norm_gradient_partials", "norm_gradient", "fp32", 5, 104, loads_16=15),
+        convolution("norm_gradient_finish", "norm_gradient", "bf16", 5, 48),
         # 16 bytes of bfloat16 are 8 channels a lane, whose two windows would spill: 8 bytes here, five rows in flight.
-        convolution("input_gradient", "input_gradient", "bf16", 5, 176, loads_8=25, stores_8=10),
-        convolution("input_gradient", "input_gradient", "fp32", 5, 176, loads_16=25, stores_16=10),
-        convolution("input_gradient", "input_gradient", "bf16", 15, 208),
-        convolution("input_gradient", "input_gradient", "bf16", 31, 232),
+        convolution("input_gradient", "input_gradient", "bf16", 5, 168, loads_8=20, stores_8=10),
+        convolution("input_gradient", "input_gradient", "fp32", 5, 164, loads_16=20, stores_16=10),
+        convolution("input_gradient", "input_gradient", "bf16", 15, 176),
+        convolution("input_gradient", "input_gradient", "bf16", 31, 220),
         packed("spans_by_start", sample_spans.spans_by_start, {**rows, "SPAN": 10}, 40, threshold="i32"),
         packed("spans_by_budget", sample_spans.spans_by_budget, {"SPAN": 5, "BLOCK": 256}, 64, threshold="i32"),
         packed(

@@ -41,8 +41,7 @@ def norm_gradient_partials(
     shift = -group_values(MEAN, sequence, c, here, C, G, ACC)
     if HAS_BIAS:
         shift += tl.load(BIAS + c, mask=here, other=0.0).to(ACC)
-    rstd = group_values(RSTD, sequence, c, here, C, G, ACC)
-    gamma = tl.load(GAMMA + c, mask=here, other=0.0).to(ACC)
+    scale = group_values(RSTD, sequence, c, here, C, G, ACC) * tl.load(GAMMA + c, mask=here, other=0.0).to(ACC)
     beta = tl.load(BETA + c, mask=here, other=0.0).to(ACC)
     window = empty_window(c, TAPS - 1, ACC)
     plain = (c * 0).to(ACC)
@@ -55,15 +54,17 @@ def norm_gradient_partials(
             window = window + (gated_row(X, row, (row >= lowest) & (row < highest), c, here, C, ACC),)
             out = row - HALF
             dz = tl.load(DZ + out * C + c, mask=here & ((out >= 0) & (out < rows)), other=0.0).to(ACC)
-            n = (weighted(window, taps, TAPS) + shift) * rstd
-            du = dz * silu_slope(n * gamma + beta)
+            centred = weighted(window, taps, shift, TAPS)
+            du = dz * silu_slope(centred * scale + beta)
             plain += du
-            scaled += du * n
+            scaled += du * centred
             window = window[1:]
         base += UNROLL
     PART += block.to(tl.int64) * (2 * C)
     tl.store(PART + c, plain, mask=here)
-    tl.store(PART + C + c, scaled, mask=here)
+    # Read again here, the vector takes no registers in the loop; volatile keeps the compiler from merging the reads.
+    rstd = tl.load(RSTD + sequence.to(tl.int64) * G + c // (C // G), mask=here, other=0.0, volatile=True).to(ACC)
+    tl.store(PART + C + c, scaled * rstd, mask=here)
 
 
 @triton.jit
@@ -127,10 +128,11 @@ def input_gradient(
     if HAS_BIAS:
         shift += tl.load(BIAS + c, mask=here, other=0.0).to(ACC)
     rstd = group_values(RSTD, sequence, c, here, C, G, ACC)
-    gamma = tl.load(GAMMA + c, mask=here, other=0.0).to(ACC)
+    scale = rstd * tl.load(GAMMA + c, mask=here, other=0.0).to(ACC)
     beta = tl.load(BETA + c, mask=here, other=0.0).to(ACC)
-    dmean = group_values(DMEAN, sequence, c, here, C, G, ACC)
-    dnorm = group_values(DNORM, sequence, c, here, C, G, ACC)
+    # dy = rstd (gamma du - dmean - n dnorm) with n = centred rstd.
+    fixed = -rstd * group_values(DMEAN, sequence, c, here, C, G, ACC)
+    along = -rstd * rstd * group_values(DNORM, sequence, c, here, C, G, ACC)
     window = empty_window(c, TAPS - 1, ACC)
     slopes = empty_window(c, TAPS - 1, ACC)
     filters = empty_window(c, TAPS, ACC)
@@ -145,9 +147,9 @@ def input_gradient(
             # The window is full from the third HALF on; before that, and outside the sequence, dy is zero.
             inside = (middle >= tl.maximum(lowest, -HALF)) & (middle < tl.minimum(end - first, rows + HALF))
             dz = tl.load(DZ + middle * C + c, mask=here & inside, other=0.0).to(ACC)
-            n = (weighted(window, taps, TAPS) + shift) * rstd
-            du = dz * silu_slope(n * gamma + beta)
-            dy = tl.where(inside, (gamma * du - dmean - n * dnorm) * rstd, 0.0)
+            centred = weighted(window, taps, shift, TAPS)
+            du = dz * silu_slope(centred * scale + beta)
+            dy = tl.where(inside, du * scale + (centred * along + fixed), 0.0)
             slopes = slopes + (dy,)
             own = tl.where((middle >= 0) & (middle < rows), dy, 0.0)
             offset += own
@@ -160,11 +162,11 @@ def input_gradient(
                 gated += slopes[TAPS - 1 - k] * taps[k]
             out = middle - HALF
             mask = here & ((out >= 0) & (out < rows))
-            value = tl.load(X + out * (2 * C) + c, mask=mask, other=0.0).to(ACC)
+            # The window's oldest row is the one whose gradient is due; of its gate only the sigmoid is wanted again.
             s = sigmoid(tl.load(X + out * (2 * C) + C + c, mask=mask, other=0.0).to(ACC))
-            slope = gated * s
-            tl.store(DX + out * (2 * C) + c, slope.to(DX.dtype.element_ty), mask=mask)
-            tl.store(DX + out * (2 * C) + C + c, (slope * value * (1.0 - s)).to(DX.dtype.element_ty), mask=mask)
+            tl.store(DX + out * (2 * C) + c, (gated * s).to(DX.dtype.element_ty), mask=mask)
+            dgate = gated * window[0] * (1.0 - s)
+            tl.store(DX + out * (2 * C) + C + c, dgate.to(DX.dtype.element_ty), mask=mask)
             window = window[1:]
             slopes = slopes[1:]
         base += UNROLL

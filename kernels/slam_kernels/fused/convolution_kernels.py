@@ -48,10 +48,10 @@ def empty_window(c, SIZE: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def weighted(window, taps, TAPS: tl.constexpr):
-    """Sum of the window's rows times their taps."""
-    total = window[0] * taps[0]
-    for k in tl.static_range(1, TAPS):
+def weighted(window, taps, start, TAPS: tl.constexpr):
+    """``start`` plus the sum of the window's rows times their taps."""
+    total = start
+    for k in tl.static_range(TAPS):
         total += window[k] * taps[k]
     return total
 
@@ -68,7 +68,10 @@ def statistics_partials(
     C: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
     STEPS: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of every channel over a block's rows (Welford): PART (B, 2, C)."""
+    """Mean and sum of squared deviations of every channel over a block's rows (Welford): PART (B, 2, C).
+
+    An empty block writes zeros.
+    """
     HALF: tl.constexpr = TAPS // 2
     block = tl.program_id(0)
     c = (first_block + tl.program_id(1)) * COLUMNS + tl.arange(0, COLUMNS)
@@ -89,12 +92,13 @@ def statistics_partials(
         for u in tl.static_range(UNROLL):
             row = base + u - HALF
             window = window + (gated_row(X, row, (row >= lowest) & (row < highest), c, here, C, ACC),)
-            y = weighted(window, taps, TAPS) + bias
+            y = weighted(window, taps, bias, TAPS)
             out = row - HALF
-            counts = ((out >= 0) & (out < rows)).to(ACC)
-            change = (y - mean) * counts
-            mean += change * (1.0 / tl.maximum(out + 1, 1).to(ACC))
-            squares += change * (y - mean)
+            # The row is number out + 1 of the block, or it does not count.
+            share = ((out >= 0) & (out < rows)).to(ACC) / tl.maximum(out + 1, 1).to(ACC)
+            change = y - mean
+            mean += change * share
+            squares += change * change * (share * tl.maximum(out, 0).to(ACC))
             window = window[1:]
         base += UNROLL
     PART += block.to(tl.int64) * (2 * C)
@@ -163,12 +167,11 @@ def normalise(
     Z += first.to(tl.int64) * C
     lowest, highest = begin - first, tl.minimum(end - first, rows + HALF)
     taps = filter_taps(W, c, here, TAPS, ACC)
-    # The mean leaves the bias before anything is added to it: a common offset costs no digits.
+    # The mean leaves the bias before anything is added to either: a common offset costs no digits.
     shift = -group_values(MEAN, sequence, c, here, C, G, ACC)
     if HAS_BIAS:
         shift += tl.load(BIAS + c, mask=here, other=0.0).to(ACC)
-    gamma = tl.load(GAMMA + c, mask=here, other=0.0).to(ACC)
-    scale = group_values(RSTD, sequence, c, here, C, G, ACC) * gamma
+    scale = group_values(RSTD, sequence, c, here, C, G, ACC) * tl.load(GAMMA + c, mask=here, other=0.0).to(ACC)
     beta = tl.load(BETA + c, mask=here, other=0.0).to(ACC)
     window = empty_window(c, TAPS - 1, ACC)
     steps = tl.where(rows > 0, rows + 2 * HALF, 0)
@@ -177,7 +180,7 @@ def normalise(
         for u in tl.static_range(UNROLL):
             row = base + u - HALF
             window = window + (gated_row(X, row, (row >= lowest) & (row < highest), c, here, C, ACC),)
-            h = (weighted(window, taps, TAPS) + shift) * scale + beta
+            h = weighted(window, taps, shift, TAPS) * scale + beta
             out = row - HALF
             z = (h * sigmoid(h)).to(Z.dtype.element_ty)
             tl.store(Z + out * C + c, z, mask=here & ((out >= 0) & (out < rows)))
