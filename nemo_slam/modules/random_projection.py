@@ -1,4 +1,4 @@
-"""The random-projection quantizer: frozen targets for masked prediction (BEST-RQ, Chiu et al., 2022, arXiv 2202.01855)."""
+"""The random-projection quantizer: frozen targets for masked prediction (BEST-RQ, Chiu et al., 2022, 2202.01855)."""
 
 from __future__ import annotations
 
