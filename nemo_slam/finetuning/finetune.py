@@ -21,8 +21,7 @@ from nemo_slam.finetuning.metrics import FineTuneMetrics
 from nemo_slam.finetuning.pretrained import Pretrained, encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.finetuning.schedule import FreezeEncoder
 from nemo_slam.finetuning.stopping import EarlyStopping
-from nemo_slam.finetuning.transcripts import TranscriptStream, read_texts
-from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR
+from nemo_slam.finetuning.transcripts import Limits, TranscriptStream, read_texts
 from nemo_slam.training.checkpoints import finished_checkpoints
 from nemo_slam.training.pretrain import make_trainer, save_nemo
 
@@ -170,8 +169,8 @@ def finetune(cfg: DictConfig) -> Path:
     model = import_class_by_path(node.target)(cfg=node, trainer=trainer)
 
     bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
-    ctc_frame = SUBSAMPLING_FACTOR if uses_ctc(model) else None
-    streams = {split: _stream(cfg, split, tokenizer, bad_rows, ctc_frame) for split in ("train", "validation")}
+    limits = limits_of(model)
+    streams = {split: _stream(cfg, split, tokenizer, bad_rows, limits) for split in ("train", "validation")}
     pin = trainer.strategy.root_device.type == "cuda"
     data = FineTuningData(streams["train"], streams["validation"], cfg.data.num_workers, pin, special_tokens(model))
 
@@ -204,9 +203,14 @@ def finetune(cfg: DictConfig) -> Path:
     return run_folder
 
 
-def uses_ctc(model: ModelPT) -> bool:
-    """Whether one of the model's losses is CTC: CTC itself, or beside a transducer."""
-    return any(isinstance(getattr(model, name, None), CTCLoss) for name in ("loss", "ctc_loss"))
+def limits_of(model: ModelPT) -> Limits:
+    """What the model can learn from: CTC (itself, or beside a transducer) and attention decoders are limited."""
+    uses_ctc = any(isinstance(getattr(model, name, None), CTCLoss) for name in ("loss", "ctc_loss"))
+    positions = model.transf_decoder.max_sequence_length if hasattr(model, "transf_decoder") else None
+    return Limits(
+        ctc_frame=model.encoder.subsampling_factor if uses_ctc else None,
+        max_tokens=None if positions is None else positions - 2,
+    )
 
 
 def special_tokens(model: ModelPT) -> dict[str, int]:
@@ -227,7 +231,7 @@ def special_tokens(model: ModelPT) -> dict[str, int]:
 
 
 def _stream(
-    cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows, ctc_frame: int | None
+    cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows, limits: Limits
 ) -> TranscriptStream | None:
     node = cfg.data.get(f"{split}_ds")
     if node is None:
@@ -236,7 +240,7 @@ def _stream(
         OmegaConf.to_container(node, resolve=True),
         tokenizer / "tokenizer.model",
         seed=cfg.seed,
-        ctc_frame=ctc_frame,
+        limits=limits,
         bad_rows=bad_rows,
         name=split,
     )

@@ -51,6 +51,28 @@ class TranscriptConfig:
     cache_dir: str | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a model can learn from.
+
+    Attributes:
+        ctc_frame: frames of 10 ms in one encoder frame, if the model is trained with CTC, which places one token
+            each.
+        max_tokens: an attention decoder's positions, less those of the begin and end symbols.
+    """
+
+    ctc_frame: int | None = None
+    max_tokens: int | None = None
+
+    def broken_by(self, frames: int, tokens: list[int]) -> str | None:
+        """Why a row is no use, or None."""
+        if self.ctc_frame is not None and ctc_frames_needed(tokens) > -(-frames // self.ctc_frame):
+            return "with more tokens than CTC can place"
+        if self.max_tokens is not None and len(tokens) > self.max_tokens:
+            return f"longer than {self.max_tokens} tokens"
+        return None
+
+
 @dataclass
 class Utterances:
     """*Shape:* audio (B, T) float32, zero-padded; audio_lengths (B,) int64 samples; tokens: B vectors of int64."""
@@ -70,8 +92,7 @@ class TranscriptStream(Stream):
         node: keys of `TranscriptConfig`.
         tokenizer: path of a SentencePiece model.
         seed: of the order.
-        ctc_frame: frames of 10 ms in one encoder frame, if the model is trained with CTC: rows with more tokens than
-            CTC can place are filtered and counted. None for other models.
+        limits: rows that the model cannot learn from are filtered and counted.
         name: for messages.
 
     Raises:
@@ -84,7 +105,7 @@ class TranscriptStream(Stream):
         tokenizer: str | Path,
         *,
         seed: int,
-        ctc_frame: int | None = None,
+        limits: Limits | None = None,
         bad_rows: BadRows | None = None,
         name: str = "train",
     ):
@@ -92,6 +113,7 @@ class TranscriptStream(Stream):
         self.sources = expand_paths(config.manifest_filepath)
         tars = None if config.tarred_audio_filepaths is None else expand_paths(config.tarred_audio_filepaths)
         model = Tokenizer(tokenizer)
+        limits = limits or Limits()
         index = open_index(
             "transcripts",
             [*self.sources, *(tars or [])],
@@ -100,10 +122,10 @@ class TranscriptStream(Stream):
                 "text_key": config.text_key,
                 "tokenizer": model.digest,
                 "tars": len(tars or []),
-                "ctc_frame": ctc_frame,
+                "limits": vars(limits),
             },
             (COLUMNS if tars is None else COLUMNS | TAR_COLUMNS) | TEXT_COLUMNS,
-            lambda builder: _scan(builder, self.sources, tars, config, model, ctc_frame),
+            lambda builder: _scan(builder, self.sources, tars, config, model, limits),
             config.cache_dir,
         )
         sampling = {
@@ -155,7 +177,7 @@ def _scan(
     tars: list[Path] | None,
     config: TranscriptConfig,
     model: Tokenizer,
-    ctc_frame: int | None,
+    limits: Limits,
 ) -> None:
     """Index the manifests and tokenise their texts into the index folder."""
     members = None if tars is None else TarMembers(tars)
@@ -173,8 +195,8 @@ def _scan(
                 except RowError as error:
                     builder.add_bad(BadRow(str(manifests[values[1]]), values[2], str(error)))
                     continue
-                if ctc_frame is not None and ctc_frames_needed(tokens) > -(-values[0] // ctc_frame):
-                    builder.filtered["with more tokens than CTC can place"] += 1
+                if reason := limits.broken_by(values[0], tokens):
+                    builder.filtered[reason] += 1
                     continue
                 builder.add(*values, writer.append(tokens), len(tokens))
     lines.close()
