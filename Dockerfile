@@ -19,6 +19,7 @@ ENV PIP_CONSTRAINT="" \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 
+USER 0
 WORKDIR /workspace/nemo_slam
 
 # Requirements first: this large layer is rebuilt only when they change.
