@@ -31,7 +31,7 @@ def compare(rows, width, num, backend, *, tolerance=1e-5, temperature=0.1, **opt
     expected, right = contrastive(contexts, targets, drawn, temperature)
     assert loss.shape == ()
     assert loss.dtype == (torch.float64 if contexts.dtype == torch.float64 else torch.float32)
-    assert float(loss) == pytest.approx(float(expected), rel=tolerance, abs=tolerance)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=tolerance, abs=tolerance)
     assert correct.dtype == torch.bool
     assert torch.equal(correct, right)
     ours = torch.autograd.grad(loss * 0.7, (contexts, targets))
