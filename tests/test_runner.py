@@ -57,3 +57,72 @@ def test_usage(arguments, status):
     done = run(*arguments)
     assert done.returncode == status
     assert "none.py is not a file" in done.stderr if arguments == ["none.py"] else "nemo_slam.runner" in done.stdout
+
+
+STOCK = """
+    # What NeMo's transcribe_speech.py does, by its own helpers; the script itself is not in the package.
+    import json
+    from dataclasses import dataclass
+    from typing import Optional
+
+    import torch
+    from nemo.collections.asr.parts.utils.transcribe_utils import get_inference_dtype, prepare_audio_data, setup_model
+    from nemo.core.config import hydra_runner
+
+    @dataclass
+    class Config:
+        model_path: Optional[str] = None
+        pretrained_name: Optional[str] = None
+        audio_dir: Optional[str] = None
+        dataset_manifest: Optional[str] = None
+        audio_type: str = "wav"
+        audio_key: str = "audio_filepath"
+        append_pred: bool = False
+        presort_manifest: bool = True
+        output_filename: Optional[str] = None
+
+    @hydra_runner(config_name="Config", schema=Config)
+    def main(cfg):
+        device = torch.device("cpu")
+        model, _ = setup_model(cfg, device)
+        model = model.eval().to(get_inference_dtype("bfloat16", device))
+        files, _ = prepare_audio_data(cfg)
+        found = model.transcribe(files, batch_size=2, verbose=False)
+        with open(cfg.output_filename, "w") as out:
+            for file, hypothesis in zip(files, found):
+                out.write(json.dumps({"audio_filepath": file, "pred_text": hypothesis.text}) + "\\n")
+
+    main()
+"""
+
+
+@pytest.mark.slow
+def test_a_stock_script_restores_our_encoder_and_transcribes(script, model_config, tmp_path):
+    import json
+
+    import numpy as np
+    import soundfile
+
+    from nemo_slam.data.tokenizer import train_on_lines
+    from nemo_slam.export import export_nemo
+    from nemo_slam.models.pretraining import SLAMPretrainingModel
+
+    SLAMPretrainingModel(model_config()).save_to(str(tmp_path / "slam.nemo"))
+    spm = train_on_lines(["one two three", "press star two"] * 20, tmp_path / "spm", 24, allow_smaller=True)
+    export_nemo(tmp_path / "slam.nemo", "ctc", spm, tmp_path / "ctc.nemo")
+    (tmp_path / "audio").mkdir()
+    for number, seconds in enumerate((1.0, 1.7)):
+        noise = 0.1 * np.random.default_rng(number).standard_normal(int(16000 * seconds))
+        soundfile.write(tmp_path / "audio" / f"{number}.wav", noise, 16000)
+    path = script(STOCK)
+    arguments = [f"model_path={tmp_path}/ctc.nemo", f"audio_dir={tmp_path}/audio"]
+    arguments.append(f"output_filename={tmp_path}/out.json")
+
+    done = run(path, *arguments)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
+    assert sorted(line["audio_filepath"] for line in lines) == [f"{tmp_path}/audio/{i}.wav" for i in (0, 1)]
+
+    alone = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, timeout=120)
+    assert alone.returncode != 0  # without the runner NeMo refuses the class, so the test above means something
+    assert "nemo_slam" in alone.stderr
