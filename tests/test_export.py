@@ -48,3 +48,14 @@ def test_what_cannot_be_exported_is_named(source, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"'tts' is not one of ctc"):
         export_nemo(source, "tts", tokenizer, tmp_path / "x.nemo")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["slam.nemo"]
+
+
+def test_only_ctc_models_become_ctc_in_onnx(source, tmp_path):
+    from nemo_slam.export_onnx import export_onnx
+
+    with pytest.raises(ValueError, match=r"SLAMPretrainingModel, which is no CTC model"):
+        export_onnx(source, "ctc", tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match=r"must end in \.onnx"):
+        export_onnx(source, "encoder", tmp_path / "x.nemo")
+    with pytest.raises(ValueError, match="'decoder' is not one of encoder, ctc"):
+        export_onnx(source, "decoder", tmp_path / "x.onnx")
