@@ -1,7 +1,8 @@
 """Lets NeMo instantiate and restore classes of this package.
 
-NeMo 3.0 refuses every ``_target_`` outside ``nemo.core.classes.common.ALLOWED_TARGET_PREFIXES`` and has no public way to add to
-it. Importing NeMo takes many seconds, so the prefix is added when NeMo's module is executed, not when ours is.
+NeMo 3.0 refuses every ``_target_`` outside ``nemo.core.classes.common.ALLOWED_TARGET_PREFIXES`` and has no public way
+to add to it. Importing NeMo takes many seconds, so the prefix is added when NeMo's module is executed, not when ours
+is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ def _allow(module: ModuleType) -> None:
     prefixes = getattr(module, "ALLOWED_TARGET_PREFIXES", None)
     if not isinstance(prefixes, list):
         raise ImportError(
-            f"{MODULE}.ALLOWED_TARGET_PREFIXES is not a list in this version of NeMo, so nemo_slam cannot register its classes "
+            f"{MODULE}.ALLOWED_TARGET_PREFIXES is not a list in this version of NeMo, so nemo_slam cannot "
+            "register its classes "
             "there: use nemo_toolkit 3.0, or report the version to nemo_slam"
         )
     if PREFIX not in prefixes:

@@ -28,7 +28,8 @@ def parse(cls: type[T], node: Mapping[str, Any] | None, where: str) -> T:
         where: the node's path in the config, for errors.
 
     Raises:
-        ValueError: a key that the dataclass lacks, a missing key without a default, or a value that its field's type refuses.
+        ValueError: a key that the dataclass lacks, a missing key without a default, or a value that its field's type
+        refuses.
     """
     if node is None:
         node = {}

@@ -1,7 +1,7 @@
 """Packed batches: every sequence of a step lies end to end on one axis, without padding.
 
-The encoders of nemo_slam work on rows ``(N, D)``. A :class:`SequenceLayout` says which rows belong to which sequence, and
-:func:`pack` builds one from *segments*: a multimodal sequence is, for instance, the CLS row, then the rows of one
+The encoders of nemo_slam work on rows ``(N, D)``. A :class:`SequenceLayout` says which rows belong to which sequence,
+and :func:`pack` builds one from *segments*: a multimodal sequence is, for instance, the CLS row, then the rows of one
 utterance, then the rows of one text, each a range of rows in some source tensor. Packing is then a single gather.
 
 Everything here is planned on the CPU from lengths alone, so that a step needs no device synchronisation.
@@ -38,8 +38,8 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class Block:
     """Sequences of similar length as one padded block, for attention kernels that want ``(B, T)``.
 
-    *Shape:* ``index`` (B * T,) int64 rows, padding points at row 0; ``mask`` (B, 1, 1, T) bool, True on real keys, or None
-    where nothing is padded; ``lengths`` (B,) int32.
+    *Shape:* ``index`` (B * T,) int64 rows, padding points at row 0; ``mask`` (B, 1, 1, T) bool, True on real keys, or
+    None where nothing is padded; ``lengths`` (B,) int32.
     """
 
     index: Tensor
@@ -53,8 +53,8 @@ class Block:
 class SequenceLayout:
     """Which of the N packed rows belong to which sequence.
 
-    The last sequence is the *tail*: rows that round N up to a multiple. No block contains it and no loss reads it; kernels
-    treat it as one more sequence.
+    The last sequence is the *tail*: rows that round N up to a multiple. No block contains it and no loss reads it;
+    kernels treat it as one more sequence.
 
     *Shape:* ``lengths`` (S,) on the CPU, tail included; ``cu_seqlens`` (S + 1,) int32 on the device, ending at N;
     ``positions`` (N,) int64, the row's place in its own segment (see :func:`pack`).
@@ -98,7 +98,8 @@ class SequenceLayout:
         multiple: int = 1,
         positions: np.ndarray | None = None,
     ) -> SequenceLayout:
-        """Lay sequences of the given lengths (S,) end to end, with a tail that rounds N up to ``multiple`` (and to at least 1)."""
+        """Lay sequences of the given lengths (S,) end to end, with a tail that rounds N up to ``multiple`` (and to at
+        least 1)."""
         lengths = np.asarray(lengths, np.int64)
         if lengths.ndim != 1 or (lengths < 0).any():
             raise ValueError(f"lengths must be a vector of non-negative integers, got {lengths!r}")
@@ -110,7 +111,9 @@ class SequenceLayout:
         full = np.append(lengths, tail)
         cu_seqlens = np.concatenate([[0], np.cumsum(full)])
         if cu_seqlens[-1] > np.iinfo(np.int32).max:
-            raise ValueError(f"a packed batch of {cu_seqlens[-1]} rows does not fit int32 offsets: lower the batch budget")
+            raise ValueError(
+                f"a packed batch of {cu_seqlens[-1]} rows does not fit int32 offsets: lower the batch budget"
+            )
         return cls(
             lengths=full,
             cu_seqlens=torch.as_tensor(cu_seqlens, dtype=torch.int32).to(device),
@@ -131,7 +134,8 @@ class SequenceLayout:
         lengths = self.lengths[:-1]
         if padded.shape[0] != len(lengths) or padded.shape[1] < lengths.max(initial=0):
             raise ValueError(
-                f"padded input is {tuple(padded.shape)}, the layout has {len(lengths)} sequences of up to {lengths.max(initial=0)} rows"
+                f"padded input is {tuple(padded.shape)}, the layout has {len(lengths)} sequences of up to "
+                f"{lengths.max(initial=0)} rows"
             )
         width = padded.shape[1]
         index = torch.as_tensor(ranges(np.arange(len(lengths)) * width, lengths), device=padded.device)
@@ -197,8 +201,9 @@ class Segments:
 class PackedSequences:
     """The plan of one packed batch: kinds of sequences, each kind contiguous and sorted by length, then the tail.
 
-    *Shape:* ``gather`` (N,) int64 into the source rows; ``starts[kind]`` and ``lengths[kind]`` (S_kind, k): where segment j of
-    sequence i of that kind begins among the packed rows, and how long it is, in the order given to :func:`pack`;
+    *Shape:* ``gather`` (N,) int64 into the source rows; ``starts[kind]`` and ``lengths[kind]`` (S_kind, k): where
+    segment j of sequence i of that kind begins among the packed rows, and how long it is, in the order given to
+    :func:`pack`;
     ``order[kind]`` (S_kind,): which sequence stands at each place.
     """
 
@@ -214,7 +219,8 @@ class PackedSequences:
         return ranges(self.starts[kind][:, segment], self.lengths[kind][:, segment])
 
     def per_sequence(self, kind: str, values: np.ndarray, fill: int = -1) -> np.ndarray:
-        """Spread values of one kind's sequences (S_kind,) over all S sequences in layout order; the others get ``fill``."""
+        """Spread values of one kind's sequences (S_kind,) over all S sequences in layout order; the others get
+        ``fill``."""
         spread = np.full(len(self.layout.lengths), fill, np.int64)
         spread[self.kinds[kind]] = np.asarray(values)[self.order[kind]]
         return spread
@@ -231,8 +237,8 @@ def pack(
 
     Args:
         kinds: the sequences, by kind; kinds keep this order, sequences within a kind are sorted by length.
-        source_rows: rows of the source tensor; row ``source_rows`` (one past the end) is the zero row that fills the tail,
-            which :func:`gather_rows` appends.
+        source_rows: rows of the source tensor; row ``source_rows`` (one past the end) is the zero row that fills the
+            tail, which :func:`gather_rows` appends.
         multiple: N is rounded up to a multiple of this.
         max_rows: an upper limit for N.
 
@@ -260,7 +266,8 @@ def pack(
         base, count = base + int(total.sum()), count + len(total)
     if max_rows is not None and base > max_rows:
         raise ValueError(
-            f"this step packs {base} positions ({', '.join(f'{k}: {int(s.lengths.sum())}' for k, s in kinds.items())}), the limit "
+            f"this step packs {base} positions "
+            f"({', '.join(f'{k}: {int(s.lengths.sum())}' for k, s in kinds.items())}), the limit "
             f"model.max_positions is {max_rows}: lower the streams' frames_per_step or tokens_per_step, raise "
             "trainer.accumulate_grad_batches, or raise the limit if memory allows"
         )

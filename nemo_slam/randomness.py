@@ -1,4 +1,5 @@
-"""Named random streams: every draw is a function of (seed, purpose, epoch, example, place), never of a generator's state."""
+"""Named random streams: every draw is a function of (seed, purpose, epoch, example, place), never of a generator's
+state."""
 
 from __future__ import annotations
 

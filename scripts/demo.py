@@ -22,7 +22,9 @@ SHOWN = 10
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exp-dir", type=Path, default=Path("runs/demo"), help="run folders go here; default: %(default)s")
+    parser.add_argument(
+        "--exp-dir", type=Path, default=Path("runs/demo"), help="run folders go here; default: %(default)s"
+    )
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
     parser.add_argument("--stage1-steps", type=int, default=500, help="default: %(default)s")
     parser.add_argument("--stage2-steps", type=int, default=200, help="default: %(default)s")

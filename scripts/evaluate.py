@@ -1,9 +1,10 @@
-"""Scores transcripts: WER and CER (jiwer), BLEU and chrF (sacrebleu), with bootstrap intervals, overall and by language.
+"""Scores transcripts: WER and CER (jiwer), BLEU and chrF (sacrebleu), with bootstrap intervals, overall and by
+language.
 
-    python scripts/evaluate.py es_test.jsonl                                    # what scripts/transcribe.py wrote
-    python scripts/evaluate.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_test.json
-    python scripts/evaluate.py st.jsonl --reference translation --metrics bleu chrf
-    python scripts/evaluate.py scratch.jsonl --against pretrained.jsonl         # paired difference
+python scripts/evaluate.py es_test.jsonl                                    # what scripts/transcribe.py wrote
+python scripts/evaluate.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_test.json
+python scripts/evaluate.py st.jsonl --reference translation --metrics bleu chrf
+python scripts/evaluate.py scratch.jsonl --against pretrained.jsonl         # paired difference
 """
 
 from __future__ import annotations

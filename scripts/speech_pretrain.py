@@ -4,7 +4,8 @@
     python scripts/speech_pretrain.py --config-name slam_stage1 model=tiny                     # on a CPU, in minutes
     python scripts/speech_pretrain.py --config-name slam_stage2 init_from=runs/slam_stage1/slam_stage1.nemo
 
-The run folder is exp_manager.exp_dir/name; the same command again resumes there. ``--cfg job`` prints the resolved config.
+The run folder is exp_manager.exp_dir/name; the same command again resumes there. ``--cfg job`` prints the resolved
+config.
 """
 
 import hydra

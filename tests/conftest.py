@@ -1,4 +1,5 @@
-"""Shared by all tests. A small pre-training model and batches of noise; NeMo is imported only where a test asks for it."""
+"""Shared by all tests. A small pre-training model and batches of noise; NeMo is imported only where a test asks for
+it."""
 
 from __future__ import annotations
 
@@ -137,10 +138,15 @@ def pretrain_config(corpus: Path, tokenizer_model: Path, tmp_path: Path):
         "data.prepare=null",
         f"data.root={corpus}",
         f"data.tokenizer.model_path={tokenizer_model}",
-        *(f"data.{split}.{s}.manifest_filepath={corpus}/{part}.json"
-          for split, part in (("train_ds", "train"), ("validation_ds", "dev")) for s in ("speech", "pairs")),
-        *(f"data.{split}.text.text_filepath={corpus}/{part}.txt"
-          for split, part in (("train_ds", "train"), ("validation_ds", "dev"))),
+        *(
+            f"data.{split}.{s}.manifest_filepath={corpus}/{part}.json"
+            for split, part in (("train_ds", "train"), ("validation_ds", "dev"))
+            for s in ("speech", "pairs")
+        ),
+        *(
+            f"data.{split}.text.text_filepath={corpus}/{part}.txt"
+            for split, part in (("train_ds", "train"), ("validation_ds", "dev"))
+        ),
         "data.train_ds.speech.frames_per_step=400",
         "data.train_ds.pairs.frames_per_step=200",
         "data.train_ds.text.tokens_per_step=60",

@@ -44,14 +44,18 @@ def test_from_audio_to_transcripts(pretrain_config, corpus, tmp_path):
 
     second = pretrain(pretrain_config(2, "trainer.max_steps=4", f"init_from={run}/slam_stage1.nemo"))
     header, *rows = (second / "metrics.csv").read_text().splitlines()
-    for loss in ("masked_speech/contrastive", "masked_speech/codes", "masked_text/tokens", "translation_lm/tokens", "matching"):
+    for loss in (
+        "masked_speech/contrastive",
+        "masked_speech/codes",
+        "masked_text/tokens",
+        "translation_lm/tokens",
+        "matching",
+    ):
         column = header.split(",").index(loss)
         values = [float(row.split(",")[column]) for row in rows if row.split(",")[1]]
         assert any(math.isfinite(value) for value in values), loss
 
-    tuned = finetune(
-        finetune_config(corpus, tmp_path, f"init_from={second}/slam_stage2.nemo", "trainer.max_steps=4")
-    )
+    tuned = finetune(finetune_config(corpus, tmp_path, f"init_from={second}/slam_stage2.nemo", "trainer.max_steps=4"))
     model = ASRModel.restore_from(str(tuned / "asr_ctc.nemo"), map_location="cpu")
     assert type(model) is EncDecCTCModelBPE
     files = [str(corpus / json.loads(line)["audio_filepath"]) for line in (corpus / "dev.json").open()]

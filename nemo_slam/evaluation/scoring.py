@@ -77,9 +77,7 @@ def check_references(rows: Sequence[dict[str, Any]], options: Options, where: st
 
 
 def _counts(metric: str, rows: Sequence[dict[str, Any]], options: Options) -> Counts:
-    texts = [
-        [normalise(row[key], options.normalisation) for row in rows] for key in (options.reference, "pred_text")
-    ]
+    texts = [[normalise(row[key], options.normalisation) for row in rows] for key in (options.reference, "pred_text")]
     return count(metric, *texts)
 
 

@@ -230,9 +230,7 @@ def special_tokens(model: ModelPT) -> dict[str, int]:
     return tokens
 
 
-def _stream(
-    cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows, limits: Limits
-) -> TranscriptStream | None:
+def _stream(cfg: DictConfig, split: str, tokenizer: Path, bad_rows: BadRows, limits: Limits) -> TranscriptStream | None:
     node = cfg.data.get(f"{split}_ds")
     if node is None:
         return None
@@ -244,4 +242,3 @@ def _stream(
         bad_rows=bad_rows,
         name=split,
     )
-

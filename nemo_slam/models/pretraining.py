@@ -25,9 +25,9 @@ from nemo_slam.objectives.ctc import PairCTC
 from nemo_slam.objectives.masked_speech import MaskedSpeech, SpeechLoss
 from nemo_slam.objectives.masked_text import MaskedText, TextLoss
 from nemo_slam.objectives.matching import Matching
+from nemo_slam.objectives.metrics import MetricAccumulator
 from nemo_slam.objectives.translation_lm import TranslationLM
 from nemo_slam.randomness import Randomness
-from nemo_slam.objectives.metrics import MetricAccumulator
 from slam_kernels import backend as kernel_backend
 
 
@@ -59,7 +59,8 @@ def build_objectives(
         assert text_loss is not None
         objectives.append(MaskedText(chosen.masked_text.masking, chosen.masked_text.weight, text_loss))
     if chosen.translation_lm is not None:
-        assert speech_loss is not None and text_loss is not None
+        assert speech_loss is not None
+        assert text_loss is not None
         tlm = chosen.translation_lm
         objectives.append(TranslationLM(tlm.speech_masking, tlm.token_masking, tlm.weight, speech_loss, text_loss))
     if chosen.matching is not None:
@@ -126,10 +127,13 @@ class SLAMPretrainingModel(ModelPT, Encoders):
     def _check_preprocessor(self) -> None:
         """Randomness must be a function of (seed, step, example): NeMo's dither is not."""
         if float(self._cfg.preprocessor.get("dither", 0.0)) != 0.0:
-            raise ValueError("model.preprocessor.dither must be 0.0: it draws from a generator's state, so a resume would differ")
+            raise ValueError(
+                "model.preprocessor.dither must be 0.0: it draws from a generator's state, so a resume would differ"
+            )
         if self.settings.random_projection is not None and not self._cfg.preprocessor.get("normalize"):
             raise ValueError(
-                "model.preprocessor.normalize must be per_feature or all_features with model.random_projection: projections of "
+                "model.preprocessor.normalize must be per_feature or all_features with model.random_projection: "
+                "projections of "
                 "features that are not normalised fall on a handful of codes"
             )
         if self._cfg.preprocessor.features != self.settings.speech_encoder.feat_in:
@@ -148,7 +152,8 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             )
         self.text_encoder.num_pieces = pieces
 
-    # ---- data -------------------------------------------------------------------------------------------------------------
+    # ---- data
+    # -------------------------------------------------------------------------------------------------------------
 
     def setup_training_data(self, train_data_config: DictConfig | dict | None) -> None:
         """Keep the streams' config; the loader is built when training starts and the step to start from is known."""
@@ -160,14 +165,18 @@ class SLAMPretrainingModel(ModelPT, Encoders):
     def setup_multiple_validation_data(self, val_data_config: DictConfig | dict | None) -> None:
         self.setup_validation_data(val_data_config)
 
-    # ---- forward ----------------------------------------------------------------------------------------------------------
+    # ---- forward
+    # ----------------------------------------------------------------------------------------------------------
 
     def features(self, batch: StepBatch) -> tuple[Tensor, np.ndarray]:
-        """Log-mel (B, F, T) of the speech stream's utterances, then the pairs', and their frames (B,), known without a sync."""
+        """Log-mel (B, F, T) of the speech stream's utterances, then the pairs', and their frames (B,), known without
+        a sync."""
         parts = [part for part in (batch.speech, batch.pairs) if part is not None]
         lengths = torch.cat([part.audio_lengths for part in parts]) if parts else torch.zeros(0, dtype=torch.int64)
         if len(lengths) == 0:
-            return torch.zeros(0, self.settings.speech_encoder.feat_in, 0, device=self.device, dtype=self.dtype), np.zeros(0, np.int64)
+            return torch.zeros(
+                0, self.settings.speech_encoder.feat_in, 0, device=self.device, dtype=self.dtype
+            ), np.zeros(0, np.int64)
         width = max(part.audio.shape[1] for part in parts)
         audio = torch.cat([nn.functional.pad(part.audio, (0, width - part.audio.shape[1])) for part in parts])
         with torch.no_grad():
@@ -216,12 +225,15 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         if "loss" in figures:
             self.log("val_loss", figures["loss"], sync_dist=False)
 
-    # ---- export -----------------------------------------------------------------------------------------------------------
+    # ---- export
+    # -----------------------------------------------------------------------------------------------------------
 
     def encoder_config(self) -> DictConfig:
         """The config of a :class:`~nemo_slam.models.encoder.SLAMEncoder` with this model's encoder."""
         keys = ("conformer", "speech_encoder", "multimodal_encoder", "pad_multiple")
-        node = OmegaConf.create({key: OmegaConf.to_container(self._cfg[key], resolve=True) for key in keys if key in self._cfg})
+        node = OmegaConf.create(
+            {key: OmegaConf.to_container(self._cfg[key], resolve=True) for key in keys if key in self._cfg}
+        )
         with open_dict(node):
             node._target_ = "nemo_slam.models.encoder.SLAMEncoder"
         return node

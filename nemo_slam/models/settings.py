@@ -36,7 +36,8 @@ class MaskedTextConfig:
 
 @dataclass(frozen=True)
 class TranslationLMConfig:
-    """75% of the frames (start probability 0.129 gives that on long input) and 50% of the tokens (SLAM, section 3.2)."""
+    """75% of the frames (start probability 0.129 gives that on long input) and 50% of the tokens (SLAM, section
+    3.2)."""
 
     speech_masking: SpeechMasking = SpeechMasking(0.129)
     token_masking: TokenMasking = TokenMasking(0.5)
@@ -125,7 +126,18 @@ class ModelSettings(EncoderSettings):
 
 
 OTHER_KEYS = frozenset(
-    {"preprocessor", "tokenizer", "train_ds", "validation_ds", "test_ds", "optim", "seed", "target", "nemo_version", "model_target"}
+    {
+        "preprocessor",
+        "tokenizer",
+        "train_ds",
+        "validation_ds",
+        "test_ds",
+        "optim",
+        "seed",
+        "target",
+        "nemo_version",
+        "model_target",
+    }
 )
 """Keys of the ``model`` node that NeMo or the model itself reads."""
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from slam_kernels import apply_spans, corrupt_tokens, sample_spans
 from torch import Tensor, nn
 
 from nemo_slam.data.batch import StepBatch
@@ -21,6 +20,7 @@ from nemo_slam.objectives.base import Objective
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput, TokenMasking
 from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack, ranges
 from nemo_slam.randomness import STREAM_SHIFT, Randomness
+from slam_kernels import apply_spans, corrupt_tokens, sample_spans
 
 STREAMS = ("speech", "text", "pairs")
 
@@ -67,8 +67,8 @@ class StepSettings:
 class MaskedRows:
     """What a loss on masked positions needs.
 
-    *Shape:* ``index`` (M,) rows within the packed layout of their encoder, ascending; ``cu_seqlens`` (S + 1,), ``ids`` (S,) and
-    ``epochs`` (S,) of that layout, ids -1 where the sequence is not this input's.
+    *Shape:* ``index`` (M,) rows within the packed layout of their encoder, ascending; ``cu_seqlens`` (S + 1,),
+    ``ids`` (S,) and ``epochs`` (S,) of that layout, ids -1 where the sequence is not this input's.
     """
 
     index: Tensor
@@ -115,11 +115,13 @@ class StepOutputs:
     masked_text: dict[str, MaskedRows] = field(default_factory=dict)
 
     def rows(self, name: str, segment: str) -> np.ndarray:
-        """Multimodal rows of a segment (``cls``, ``speech``, ``text``) of every sequence of an input, in batch order."""
+        """Multimodal rows of a segment (``cls``, ``speech``, ``text``) of every sequence of an input, in batch
+        order."""
         return self.packed.rows_of(name, self.multimodal[name].segments().index(segment))
 
     def volume(self, batch: StepBatch) -> dict[str, float]:
-        """How much went through this step: 10 ms frames and tokens read, positions packed, and positions that attention computed."""
+        """How much went through this step: 10 ms frames and tokens read, positions packed, and positions that
+        attention computed."""
         blocks = self.packed.layout.blocks
         texts = [part.lengths for part in (batch.text, batch.pairs) if part is not None]
         return {
@@ -141,13 +143,16 @@ class StepOutputs:
         real = frame < self.mel_lengths[utterance][:, None]
         place = torch.as_tensor(np.where(real, utterance[:, None] * width + frame, batch * width)).to(index.device)
         place = place.index_select(0, self.packed_speech.gather.index_select(0, index))
-        return gather_rows(self.mel.transpose(1, 2).reshape(-1, mels), place.flatten()).view(-1, mels * SUBSAMPLING_FACTOR)
+        return gather_rows(self.mel.transpose(1, 2).reshape(-1, mels), place.flatten()).view(
+            -1, mels * SUBSAMPLING_FACTOR
+        )
 
     def num_sequences(self, name: str) -> int:
         return len(self.packed.order[name])
 
     def to_multimodal(self, name: str, segment: str, index: Tensor) -> Tensor:
-        """Rows of the speech or text layout (M,) -> rows of the multimodal batch, within the sequences of input ``name``."""
+        """Rows of the speech or text layout (M,) -> rows of the multimodal batch, within the sequences of input
+        ``name``."""
         multimodal = self.multimodal[name]
         source, key = (
             (self.packed_speech, multimodal.speech) if segment == "speech" else (self.packed_text, multimodal.text)
@@ -244,7 +249,9 @@ def _pack_text(
     sources = {
         ("text", False): (batch.text.tokens, batch.text.lengths) if batch.text is not None else None,
         ("pairs", False): (batch.pairs.tokens, batch.pairs.lengths) if batch.pairs is not None else None,
-        ("pairs", True): (batch.pairs.negative_tokens, batch.pairs.negative_lengths) if batch.pairs is not None else None,
+        ("pairs", True): (batch.pairs.negative_tokens, batch.pairs.negative_lengths)
+        if batch.pairs is not None
+        else None,
     }
     tokens, kinds, base = [torch.zeros(0, dtype=torch.int64, device=device)], {}, 0
     for request in inputs:

@@ -1,8 +1,9 @@
 """Self-attention over packed rows, with interchangeable backends.
 
-A backend is a function ``(q, k, v, layout, dropout) -> out``, all of them (N, H, D / H); it attends inside each sequence of
-the layout and returns zeros for the tail. ``sdpa`` runs anywhere: one call of PyTorch's fused attention for each block of
-similar lengths.
+A backend is a function ``(q, k, v, layout, dropout) -> out``, all of them (N, H, D / H); it attends inside each
+sequence of the layout and returns zeros for the tail. ``sdpa`` runs anywhere: one call of PyTorch's fused attention
+for each
+block of similar lengths.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, dropout: float
         )
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=block.mask, dropout_p=dropout)
         outputs.append(out.transpose(1, 2).reshape(-1, heads, size))
-    # Tail rows of `inverse` point here. The sum over no rows keeps q, k and v in the graph of a batch without sequences.
+    # Tail rows of `inverse` point here. The sum over no rows keeps q, k and v in the graph of a batch without
+    # sequences.
     zero = q.new_zeros(1, heads, size) + (q[:0] + k[:0] + v[:0]).sum(0)
     return torch.cat([*outputs, zero]).index_select(0, layout.inverse)
 
@@ -68,8 +70,11 @@ class PackedSelfAttention(nn.Module):
         self.linear_out = nn.Linear(d_model, d_model)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: SequenceLayout, cache: None = None) -> Tensor:
-        """*Shape:* (1, N, D) -> (1, N, D). ``query``, ``key`` and ``value`` are the same rows, as NeMo's layer passes them."""
+        """*Shape:* (1, N, D) -> (1, N, D). ``query``, ``key`` and ``value`` are the same rows, as NeMo's layer passes
+        them."""
         rows = query.squeeze(0)
-        q, k, v = (linear(rows).unflatten(-1, (self.n_heads, -1)) for linear in (self.linear_q, self.linear_k, self.linear_v))
+        q, k, v = (
+            linear(rows).unflatten(-1, (self.n_heads, -1)) for linear in (self.linear_q, self.linear_k, self.linear_v)
+        )
         out = BACKENDS[self.backend](q, k, v, mask, self.dropout_att if self.training else 0.0)
         return self.linear_out(out.flatten(1)).unsqueeze(0)

@@ -34,7 +34,8 @@ class ConformerConfig:
 
 
 class PackedConformerLayer(ConformerLayer):
-    """NeMo's ``ConformerLayer`` (its forward, its parameter names) with attention and convolution that read a layout."""
+    """NeMo's ``ConformerLayer`` (its forward, its parameter names) with attention and convolution that read a
+    layout."""
 
     def __init__(self, config: ConformerConfig):
         super().__init__(

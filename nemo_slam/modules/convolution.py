@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerConvolution
-from slam_kernels import backend as kernel_backend
-from slam_kernels import glu_conv_group_norm_silu
 from torch import Tensor
 
 from nemo_slam.packing import SequenceLayout
+from slam_kernels import backend as kernel_backend
+from slam_kernels import glu_conv_group_norm_silu
 
 
 class PackedConvolution(ConformerConvolution):
     """NeMo's ``ConformerConvolution`` with group normalisation, on rows (1, N, D).
 
-    Parameters and their names are NeMo's (its GroupNorm is called ``batch_norm``). NeMo's statistics count padding, so an
-    utterance's output depends on its neighbours in the batch; these are taken over the sequence's own rows (method: "groups").
+    Parameters and their names are NeMo's (its GroupNorm is called ``batch_norm``). NeMo's statistics count padding,
+    so an utterance's output depends on its neighbours in the batch; these are taken over the sequence's own rows
+    (method:
+    "groups").
 
     Args:
         num_groups, eps: of the GroupNorm; SLAM's norm in place of BatchNorm, 32 groups and 1e-3 as in Lingvo.

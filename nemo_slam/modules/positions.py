@@ -13,7 +13,8 @@ def sinusoid(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) 
     """
     half = width // 2
     frequencies = torch.exp(
-        torch.arange(half, device=positions.device, dtype=torch.float32) * (-torch.log(torch.tensor(1e4)).item() / max(half - 1, 1))
+        torch.arange(half, device=positions.device, dtype=torch.float32)
+        * (-torch.log(torch.tensor(1e4)).item() / max(half - 1, 1))
     )
     angles = positions[:, None].to(torch.float32) * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)

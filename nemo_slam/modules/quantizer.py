@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-
 CODE_IDS = ("sampled", "likeliest")
 
 
@@ -15,7 +14,8 @@ CODE_IDS = ("sampled", "likeliest")
 class GumbelQuantizerConfig:
     """Attributes:
     num_codes, code_dim: one codebook (w2v-BERT: 1024 entries of width 1024).
-    temperature_start, temperature_end, temperature_decay: max(end, start * decay ** step).
+    temperature_start, temperature_end, temperature_decay: max(end, start * decay ** (steps_before + step)).
+    steps_before: steps of earlier stages, so that the temperature goes on where they left it.
     logit_init_std: standard deviation of the logits at initialisation, for normalised input. The Gumbel noise has 1.3.
     code_ids: what masked prediction predicts (unknown in the papers): ``sampled``, the code that the noise chose, or
         ``likeliest``, the code without noise.
@@ -26,8 +26,9 @@ class GumbelQuantizerConfig:
     temperature_start: float = 2.0
     temperature_end: float = 0.1
     temperature_decay: float = 0.999995
+    steps_before: int = 0
     logit_init_std: float = 5.0
-    code_ids: str = "likeliest"
+    code_ids: str = "sampled"
 
     def __post_init__(self) -> None:
         if self.code_ids not in CODE_IDS:
@@ -35,7 +36,7 @@ class GumbelQuantizerConfig:
 
     def temperature(self, step: int) -> float:
         """A function of the step, so that resuming needs no state."""
-        return max(self.temperature_end, self.temperature_start * self.temperature_decay**step)
+        return max(self.temperature_end, self.temperature_start * self.temperature_decay ** (self.steps_before + step))
 
 
 @dataclass
@@ -66,8 +67,8 @@ class GumbelQuantizer(nn.Module):
 
         Args:
             rows: (M, D) features.
-            noise: (M, K) standard Gumbel noise; in validation as well, where it is a function of the example like all else.
-            step: optimizer steps so far; sets the temperature.
+            noise: (M, K) standard Gumbel noise; in validation as well, where it is a function of the example like all
+            else. step: optimizer steps so far; sets the temperature.
         """
         logits = self.logits(self.norm(rows))
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -1,4 +1,5 @@
-"""Speech encoder: convolutional front end (4x fewer frames), N Conformer layers, one linear projection (SLAM, section 3.1)."""
+"""Speech encoder: convolutional front end (4x fewer frames), N Conformer layers, one linear projection (SLAM, section
+3.1)."""
 
 from __future__ import annotations
 
@@ -36,8 +37,9 @@ class SpeechEncoderConfig:
 class PackedConvSubsampling(ConvSubsampling):
     """NeMo's ``ConvSubsampling("striding")`` on utterances laid end to end in one image.
 
-    Each utterance starts on a multiple of 4 frames and at least 3 zero frames follow it, so that no 3 x 3 kernel of stride 2
-    reaches a neighbour; what the first convolution leaves in those gaps is zeroed before the second. The result equals
+    Each utterance starts on a multiple of 4 frames and at least 3 zero frames follow it, so that no 3 x 3 kernel of
+    stride 2 reaches a neighbour; what the first convolution leaves in those gaps is zeroed before the second. The
+    result equals
     NeMo's on each utterance alone, without computing padding.
     """
 

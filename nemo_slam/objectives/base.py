@@ -40,7 +40,8 @@ class Metric:
 
 @dataclass
 class Histogram:
-    """How often each code was a target, (K,); its entropy minus the loss named ``loss`` is the code information gain."""
+    """How often each code was a target, (K,); its entropy minus the loss named ``loss`` is the code information
+    gain."""
 
     name: str
     counts: Tensor

@@ -1,7 +1,7 @@
 """What an objective asks of a step: which sequences it adds to the packed batch and what is masked in them.
 
-An objective declares its inputs once, at construction; :mod:`nemo_slam.models.step` packs the inputs of all objectives of a
-stage together and runs each encoder once. A new objective adds sequences, not a branch in the model.
+An objective declares its inputs once, at construction; :mod:`nemo_slam.models.step` packs the inputs of all
+objectives of a stage together and runs each encoder once. A new objective adds sequences, not a branch in the model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SpeechMasking:
-    """Spans of ``span`` subsampled frames, each starting with ``start_probability``, overlaps allowed (w2v-BERT, section 3.3)."""
+    """Spans of ``span`` subsampled frames, each starting with ``start_probability``, overlaps allowed (w2v-BERT,
+    section 3.3)."""
 
     start_probability: float
     span: int = 10

@@ -1,5 +1,5 @@
-"""Masked speech modelling (w2v-BERT, section 3; SLAM, section 3.2): a contrastive loss on the speech encoder, masked codes on
-the multimodal encoder."""
+"""Masked speech modelling (w2v-BERT, section 3; SLAM, section 3.2): a contrastive loss on the speech encoder, masked
+codes on the multimodal encoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from slam_kernels import gumbel_noise, masked_cross_entropy, sample_distractors, span_contrastive
 from torch import Tensor, nn
 
 from nemo_slam.modules.quantizer import GumbelQuantizer, Quantized, perplexity
@@ -23,6 +22,7 @@ from nemo_slam.objectives.base import (
     world_size,
 )
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking
+from slam_kernels import gumbel_noise, masked_cross_entropy, sample_distractors, span_contrastive
 
 if TYPE_CHECKING:
     from nemo_slam.models.step import MaskedRows, StepOutputs
@@ -48,8 +48,8 @@ class SpeechLossConfig:
 class SpeechLoss(nn.Module):
     """The losses on masked frames of any input; masked speech and translation language modelling share one.
 
-    With the Gumbel quantizer these are contrastive, codes and diversity; with the frozen random projection, which has no
-    vectors to train or to contrast, the codes alone.
+    With the Gumbel quantizer these are contrastive, codes and diversity; with the frozen random projection, which has
+    no vectors to train or to contrast, the codes alone.
     """
 
     def __init__(self, config: SpeechLossConfig, quantizer: GumbelQuantizer | RandomProjectionQuantizer, d_model: int):
@@ -99,7 +99,8 @@ class SpeechLoss(nn.Module):
         loss, correct = span_contrastive(
             contexts, quantized.vectors, distractors, temperature=config.temperature, backend=backend
         )
-        # Accuracy is over the rows that still have a distractor: under collapse few are left, and it must not look like failure.
+        # Accuracy is over the rows that still have a distractor: under collapse few are left, and it must not look
+        # like failure.
         contested = count((distractors >= 0).any(dim=1).sum(), loss)
         return ObjectiveOutput(
             [Loss(f"{prefix}/contrastive", loss, count(rows, loss), weight * config.contrastive_weight)],
@@ -131,7 +132,8 @@ class SpeechLoss(nn.Module):
         )
 
     def _diversity(self, quantized: Quantized, name: str, weight: float) -> Loss:
-        """(K - perplexity of the average code distribution) / K, the average taken over all ranks (wav2vec 2.0, section 3.2).
+        """(K - perplexity of the average code distribution) / K, the average taken over all ranks (wav2vec 2.0,
+        section 3.2).
 
         It is a mean over ranks already, so each rank gives its share of the value and its own part of the gradient.
         """

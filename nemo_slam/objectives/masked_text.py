@@ -1,15 +1,16 @@
-"""Span masking on text (SLAM, section 3.2): 15% of the tokens in spans of 5, predicted from the multimodal encoder's output."""
+"""Span masking on text (SLAM, section 3.2): 15% of the tokens in spans of 5, predicted from the multimodal encoder's
+output."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
-from slam_kernels import masked_cross_entropy
 from torch import nn
 
 from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
 from nemo_slam.objectives.inputs import MultimodalInput, TextInput, TokenMasking
+from slam_kernels import masked_cross_entropy
 
 if TYPE_CHECKING:
     from nemo_slam.models.step import StepOutputs
@@ -36,7 +37,10 @@ class TextLoss(nn.Module):
         tokens = count(int(outputs.packed_text.lengths[prefix].sum()), loss)
         return ObjectiveOutput(
             [Loss(f"{prefix}/tokens", loss, total, weight)],
-            [Metric(f"{prefix}/token_accuracy", correct.sum(), total), Metric(f"{prefix}/token_mask_rate", total, tokens)],
+            [
+                Metric(f"{prefix}/token_accuracy", correct.sum(), total),
+                Metric(f"{prefix}/token_mask_rate", total, tokens),
+            ],
         )
 
 

@@ -55,4 +55,6 @@ class Matching(Objective):
         loss = F.softplus(-true).sum() + F.softplus(false).sum()
         total = count(true.numel() + false.numel(), loss)
         correct = (true > 0).sum() + (false < 0).sum()
-        return ObjectiveOutput([Loss(self.name, loss, total, self.weight)], [Metric(f"{self.name}/accuracy", correct, total)])
+        return ObjectiveOutput(
+            [Loss(self.name, loss, total, self.weight)], [Metric(f"{self.name}/accuracy", correct, total)]
+        )

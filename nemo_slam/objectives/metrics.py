@@ -14,8 +14,8 @@ from nemo_slam.objectives.base import ObjectiveOutput, sum_over_ranks
 class MetricAccumulator:
     """Sums (sum, count) pairs and histograms until :meth:`flush`.
 
-    ``loss`` is the weighted sum of the mean losses, each mean taken over the whole interval and all ranks. A loss without a
-    single example is left out; one that is not a number is not.
+    ``loss`` is the weighted sum of the mean losses, each mean taken over the whole interval and all ranks. A loss
+    without a single example is left out; one that is not a number is not.
     """
 
     def __init__(self) -> None:

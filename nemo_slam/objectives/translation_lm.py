@@ -1,4 +1,5 @@
-"""Translation language modelling on pairs (SLAM, section 3.2, after XLM): mask both sides of speech and its text, predict both."""
+"""Translation language modelling on pairs (SLAM, section 3.2, after XLM): mask both sides of speech and its text,
+predict both."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Checkpoints of which a rerun can trust every one: written under another name, flushed, then renamed.
 
-A checkpoint is named ``step_000001000.ckpt``. A kill at any moment leaves the previous one whole; a leftover of an unfinished
-save ends in ``.part`` and is removed by the next start.
+A checkpoint is named ``step_000001000.ckpt``. A kill at any moment leaves the previous one whole; a leftover of an
+unfinished save ends in ``.part`` and is removed by the next start.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class StepCheckpoint(Callback):
 
     def __init__(self, folder: Path, every_n_steps: int, keep_last: int):
         if every_n_steps < 1 or keep_last < 1:
-            raise ValueError(f"checkpoint.every_n_steps and keep_last must be positive, got {every_n_steps} and {keep_last}")
+            raise ValueError(
+                f"checkpoint.every_n_steps and keep_last must be positive, got {every_n_steps} and {keep_last}"
+            )
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
@@ -115,11 +117,12 @@ class StepCheckpoint(Callback):
         # NeMo's copy of the config, objects that no weights-only reader takes; the run folder has it as config.yaml.
         for key in ("hyper_parameters", "hparams_name", "hparams_type"):
             checkpoint.pop(key, None)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_state = checkpoint.get("random_state")
         self._check_identity(checkpoint.get("identity"))
-        # Lightning takes an optimizer step whenever this count is a multiple of accumulate_grad_batches, and the loader starts
-        # at the same number: so both must follow a change of that setting.
+        # Lightning takes an optimizer step whenever this count is a multiple of accumulate_grad_batches, and the
+        # loader starts at the same number: so both must follow a change of that setting.
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["current"], progress["total"]):
@@ -130,8 +133,10 @@ class StepCheckpoint(Callback):
             return
         names = [name for name in {**saved, **self.identity} if saved.get(name) != self.identity.get(name)]
         raise ValueError(
-            f"{self.folder} holds checkpoints of a run with other data: {', '.join(names)} changed, so the steps that follow would "
-            "repeat some examples and miss others. Put them back, or give the new run another name and start it with init_from"
+            f"{self.folder} holds checkpoints of a run with other data: {', '.join(names)} changed, so the steps "
+            "that follow would "
+            "repeat some examples and miss others. Put them back, or give the new run another name and start it "
+            "with init_from"
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -142,7 +147,8 @@ class StepCheckpoint(Callback):
             _set_random_state(states[trainer.global_rank])
         else:
             logging.warning(
-                f"the checkpoint holds the dropout state of {len(states)} ranks, this run has {trainer.world_size}: dropout "
+                f"the checkpoint holds the dropout state of {len(states)} ranks, this run has {trainer.world_size}: "
+                "dropout "
                 "goes on from the seed; batches, masks and order are exact all the same"
             )
 

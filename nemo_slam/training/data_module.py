@@ -32,7 +32,9 @@ class SLAMDataModule(LightningDataModule):
         pin_memory: page-lock batches, for copies to a GPU.
     """
 
-    def __init__(self, train: Mapping[str, Stream], validation: Mapping[str, Stream], num_workers: int, pin_memory: bool):
+    def __init__(
+        self, train: Mapping[str, Stream], validation: Mapping[str, Stream], num_workers: int, pin_memory: bool
+    ):
         super().__init__()
         self.train, self.validation = train, validation
         self.options = {"num_workers": num_workers, "pin_memory": pin_memory}

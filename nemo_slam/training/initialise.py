@@ -69,7 +69,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"init_from: {path} holds more than weights, which is refused: use the .nemo of that run ({error.args[0][:120]})"
+            f"init_from: {path} holds more than weights, which is refused: use the .nemo of that run "
+            f"({error.args[0][:120]})"
         ) from error
     if "state_dict" not in content:
         raise ValueError(f"init_from: {path} has no state_dict: expected a .nemo or a Lightning .ckpt")

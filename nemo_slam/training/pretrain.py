@@ -48,12 +48,14 @@ def prepare_data(data: DictConfig, vocab_size: int) -> None:
         return
     if data.prepare is None:
         raise FileNotFoundError(
-            f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; train one with scripts/train_tokenizer.py"
+            f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; train one with "
+            "scripts/train_tokenizer.py"
         )
     folder = ensure_tokenizer(data.root, vocab_size)
     if not Path(data.tokenizer.model_path).is_file():
         raise FileNotFoundError(
-            f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; the recipe's own tokenizer is in {folder}"
+            f"data.tokenizer.model_path: {data.tokenizer.model_path} does not exist; the recipe's own tokenizer "
+            f"is in {folder}"
         )
 
 
@@ -66,7 +68,9 @@ def make_loggers(node: DictConfig, run_folder: Path) -> list[Logger]:
     if node.create_tensorboard_logger:
         loggers.append(TensorBoardLogger(save_dir=run_folder, name="", version=""))
     if node.create_wandb_logger:
-        loggers.append(WandbLogger(save_dir=run_folder, **OmegaConf.to_container(node.wandb_logger_kwargs, resolve=True)))
+        loggers.append(
+            WandbLogger(save_dir=run_folder, **OmegaConf.to_container(node.wandb_logger_kwargs, resolve=True))
+        )
     return loggers
 
 
@@ -117,9 +121,14 @@ def _say_demonstration(cfg: DictConfig, trainer: Trainer) -> None:
     if cfg.data.prepare is None or cfg.model.conformer.d_model < 512:
         return
     logging.warning("=" * 100)
-    logging.warning(f"DEMONSTRATION: this trains on the small corpus {cfg.data.prepare!r}. For real training name your data: data=...")
+    logging.warning(
+        f"DEMONSTRATION: this trains on the small corpus {cfg.data.prepare!r}. For real training name your "
+        "data: data=..."
+    )
     if trainer.strategy.root_device.type == "cpu":
-        logging.warning("This machine has no GPU: a step of this model takes minutes here. model=tiny is meant for a CPU.")
+        logging.warning(
+            "This machine has no GPU: a step of this model takes minutes here. model=tiny is meant for a CPU."
+        )
     logging.warning("=" * 100)
 
 
@@ -185,7 +194,10 @@ def pretrain(cfg: DictConfig) -> Path:
     if trainer.is_global_zero:
         minutes = (time.perf_counter() - started) / 60
         left_out = f"; {bad_rows.count()} bad rows, listed in {bad_rows.path}" if bad_rows.count() else ""
-        logging.info(f"step {trainer.global_step}/{trainer.max_steps} after {minutes:.1f} min; run folder: {run_folder}{left_out}")
+        logging.info(
+            f"step {trainer.global_step}/{trainer.max_steps} after {minutes:.1f} min; run folder: "
+            f"{run_folder}{left_out}"
+        )
     return run_folder
 
 

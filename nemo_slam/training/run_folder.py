@@ -24,7 +24,8 @@ class MetricsFile:
         self.columns: list[str] = ["step"]
 
     def open_at(self, step: int) -> None:
-        """Prepare for what follows a checkpoint at ``step``: later rows, and a last line that a kill cut short, are dropped.
+        """Prepare for what follows a checkpoint at ``step``: later rows, and a last line that a kill cut short, are
+        dropped.
 
         So is a validation at ``step`` itself, which Lightning repeats after a resume.
         """
@@ -64,7 +65,8 @@ def _is_before(row: dict[str, str], step: int) -> bool:
 
 
 class RunMetrics(Callback):
-    """Every ``every_n_steps`` optimizer steps: one row in ``metrics.csv``, one line on the screen, figures to the loggers."""
+    """Every ``every_n_steps`` optimizer steps: one row in ``metrics.csv``, one line on the screen, figures to the
+    loggers."""
 
     def __init__(self, folder: Path, every_n_steps: int):
         if every_n_steps < 1:
@@ -125,10 +127,23 @@ class RunMetrics(Callback):
     def _line(step: int, last: int, figures: dict[str, float]) -> str:
         shown = [f"{name.replace('masked_', '')} {value:.3f}" for name, value in figures.items() if _is_shown(name)]
         rate = figures.get("frames_per_second")
-        speed = [] if rate is None else [f"{rate * FRAME_SECONDS:.0f} s of speech/s", f"{figures['tokens_per_second']:.0f} tokens/s"]
+        speed = (
+            []
+            if rate is None
+            else [f"{rate * FRAME_SECONDS:.0f} s of speech/s", f"{figures['tokens_per_second']:.0f} tokens/s"]
+        )
         return f"step {step}/{last}: " + ", ".join(shown + speed)
 
 
 def _is_shown(name: str) -> bool:
     last = name.removeprefix("val_").rpartition("/")[2]
-    return last in ("loss", "contrastive", "codes", "tokens", "matching", "accuracy", "code_perplexity", "code_information_gain")
+    return last in (
+        "loss",
+        "contrastive",
+        "codes",
+        "tokens",
+        "matching",
+        "accuracy",
+        "code_perplexity",
+        "code_information_gain",
+    )

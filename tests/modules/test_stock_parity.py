@@ -7,7 +7,12 @@ from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 
 from nemo_slam.modules.conformer import ConformerConfig
-from nemo_slam.modules.speech_encoder import PackedConvSubsampling, SpeechEncoder, SpeechEncoderConfig, subsampled_lengths
+from nemo_slam.modules.speech_encoder import (
+    PackedConvSubsampling,
+    SpeechEncoder,
+    SpeechEncoderConfig,
+    subsampled_lengths,
+)
 from nemo_slam.packing import Segments, gather_rows, pack
 
 EPS = 1e-3
@@ -76,7 +81,9 @@ def test_encoder_equals_stock_on_one_utterance(encoders, length):
     torch.testing.assert_close(our_input.grad, stock_input.grad, rtol=0, atol=1e-9)
     gradients = {n: p.grad for n, p in ours.named_parameters() if not n.startswith("proj")}
     for name, parameter in stock.named_parameters():
-        torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_packed_front_end_equals_stock_on_each_utterance():

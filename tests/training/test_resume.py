@@ -81,7 +81,9 @@ def test_a_killed_run_repeats_at_most_an_interval_and_equals_an_unbroken_one(pre
     assert metrics(folder) == metrics(whole)
     assert steps(folder) == list(range(1, 13))
 
-    weights = [torch.load(f / "checkpoints" / "step_000000012.ckpt", weights_only=False)["state_dict"] for f in (whole, folder)]
+    weights = [
+        torch.load(f / "checkpoints" / "step_000000012.ckpt", weights_only=False)["state_dict"] for f in (whole, folder)
+    ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert (folder / "broken.nemo").is_file()
 
@@ -156,7 +158,9 @@ def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, mo
 
 
 def test_one_stage_with_ctc(pretrain_config):
-    folder = module.pretrain(pretrain_config("slam_one_stage", "trainer.max_steps=2", "model.objectives.ctc={weight: 0.03}"))
+    folder = module.pretrain(
+        pretrain_config("slam_one_stage", "trainer.max_steps=2", "model.objectives.ctc={weight: 0.03}")
+    )
     last = metrics(folder)[-1]
     for name in ("masked_speech/codes", "masked_text/tokens", "translation_lm/tokens", "matching", "ctc"):
         assert float(last[name]) > 0
@@ -183,7 +187,9 @@ def test_accumulation_may_change_between_runs(pretrain_config, monkeypatch):
     whole, seen = seen, {}
     module.pretrain(pretrain_config(1, "name=changed", "trainer.max_steps=4"))
     interrupted(
-        monkeypatch, pretrain_config(1, "name=changed", "trainer.max_steps=8", "trainer.accumulate_grad_batches=3"), Record()
+        monkeypatch,
+        pretrain_config(1, "name=changed", "trainer.max_steps=8", "trainer.accumulate_grad_batches=3"),
+        Record(),
     )
     assert sorted(seen) == [4, 5, 6, 7]
     assert all(seen[step] == whole[step] for step in seen)

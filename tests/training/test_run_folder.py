@@ -24,7 +24,11 @@ def test_rows_are_appended_and_columns_may_come_later(tmp_path):
     file.append({"step": 20, "val_loss": 2.5})
     rows = read(tmp_path / "metrics.csv")
     assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "step,loss,val_loss"
-    assert [(r["step"], r["loss"], r["val_loss"]) for r in rows] == [("10", "3.0", ""), ("20", "2.0", ""), ("20", "", "2.5")]
+    assert [(r["step"], r["loss"], r["val_loss"]) for r in rows] == [
+        ("10", "3.0", ""),
+        ("20", "2.0", ""),
+        ("20", "", "2.5"),
+    ]
 
 
 @pytest.mark.parametrize("torn", ["", "30,1.", "3"])
