@@ -28,7 +28,8 @@ class PaddedCTC(nn.Module):
 
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         encoded, length = self.encoder(audio_signal, length)
-        return self.decoder.decoder_layers(encoded).transpose(1, 2).log_softmax(dim=-1), length
+        logits = self.decoder.decoder_layers(encoded)  # type: ignore[operator]
+        return logits.transpose(1, 2).log_softmax(dim=-1), length
 
 
 def load_encoder(source: str | Path) -> SLAMEncoder:

@@ -18,7 +18,7 @@ from nemo_slam.modules.conformer import PackedConformerLayer
 
 def valid(length: Tensor, width: int | torch.SymInt) -> Tensor:
     """*Shape:* (B,) -> (B, width) bool, True before each length."""
-    return torch.arange(width, device=length.device) < length[:, None]
+    return torch.arange(width, device=length.device) < length[:, None]  # type: ignore[arg-type]
 
 
 def subsample(encoder: SLAMEncoder, features: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,11 +86,11 @@ class PaddedEncoder(nn.Module):
         x, length = subsample(self.encoder, audio_signal, length)
         mask = valid(length, x.shape[1])
         for layer in self.encoder.speech_encoder.layers:
-            x = run_layer(layer, x, mask)
+            x = run_layer(layer, x, mask)  # type: ignore[arg-type]
         x = self.encoder.speech_encoder.proj(x)
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         x = self.encoder.multimodal_encoder.embed_speech(x.flatten(0, 1), positions.reshape(-1)).view_as(x)
         for layer in self.encoder.multimodal_encoder.layers:
-            x = run_layer(layer, x, mask)
+            x = run_layer(layer, x, mask)  # type: ignore[arg-type]
         x = x * mask[:, :, None].to(x.dtype)
         return x.transpose(1, 2), length
