@@ -46,13 +46,20 @@ def speech_step(model, outputs, batch, name):
     return loss, found, logits, noise, distractors
 
 
-@pytest.fixture(params=["masked_speech", "translation_lm"])
+QUANTIZER = {"num_codes": 16, "code_dim": 24, "logit_init_std": 0.5}
+
+
+@pytest.fixture(
+    params=[(name, ids) for name in ("masked_speech", "translation_lm") for ids in ("sampled", "likeliest")],
+    ids="-".join,
+)
 def speech(request, build_model, detached, batch):
-    model = build_model()
+    name, code_ids = request.param
+    model = build_model(quantizer={**QUANTIZER, "code_ids": code_ids})
     outputs = detached(model, batch)
-    result = objective(model, request.param)(outputs)
-    losses = {item.name.removeprefix(f"{request.param}/"): item for item in result.losses}
-    return outputs, losses, speech_step(model, outputs, batch, request.param)
+    result = objective(model, name)(outputs)
+    losses = {item.name.removeprefix(f"{name}/"): item for item in result.losses}
+    return outputs, losses, speech_step(model, outputs, batch, name)
 
 
 def test_contrastive(speech):
@@ -83,12 +90,13 @@ def test_contrastive(speech):
 
 
 def test_codes(speech):
-    outputs, losses, (loss, found, logits, _, _) = speech
+    outputs, losses, (loss, found, logits, noise, _) = speech
     head = loss.code_head
-    likeliest = [max(range(16), key=lambda k, row=row: row[k]) for row in logits.tolist()]
+    scores = logits + noise if loss.quantizer.config.code_ids == "sampled" else logits
+    chosen = [max(range(16), key=lambda k, row=row: row[k]) for row in scores.tolist()]
     total = sum(
         plain.cross_entropy(head.weight @ outputs.hidden[p[1]] + head.bias, code)
-        for p, code in zip(found, likeliest, strict=True)
+        for p, code in zip(found, chosen, strict=True)
     )
     assert losses["codes"].count.item() == len(found) > 10
     torch.testing.assert_close(losses["codes"].total, total, **CLOSE)
