@@ -3,6 +3,7 @@
     python scripts/prepare_data.py prompts            # human-read telephone prompts, en/es/fr, from Debian packages
     python scripts/prepare_data.py mini_librispeech   # through lhotse; needs internet
     python scripts/prepare_data.py synthetic          # eSpeak NG reading text; marked as synthetic everywhere
+    python scripts/prepare_data.py oracle_language    # chords for words, to prove cross-modal learning
 
 Calling it again returns at once; a killed preparation starts over and trusts nothing half-written.
 """
@@ -30,6 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     librispeech.add_argument("--source", type=Path, help="LibriSpeech folder that is here already; else downloaded")
     synthetic = add("synthetic", "sentences read by eSpeak NG in several voices")
     synthetic.add_argument("--sentences", type=int, help="how many are read in every language; default: 300")
+    oracle = add("oracle_language", "an artificial language of chords, for the proof of cross-modal learning")
+    oracle.add_argument("--sequences", type=int, help="how many; default: 8000")
     for corpus in (prompts, synthetic):
         corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), help="default: all three")
     return parser.parse_args(arguments)

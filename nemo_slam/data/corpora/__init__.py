@@ -12,7 +12,17 @@ from importlib import import_module
 from pathlib import Path
 
 # name -> module of this package that defines prepare(root, **options) -> Path
-RECIPES = {"prompts": "prompts", "mini_librispeech": "mini_librispeech", "synthetic": "synthetic"}
+RECIPES = {
+    "prompts": "prompts",
+    "mini_librispeech": "mini_librispeech",
+    "synthetic": "synthetic",
+    "oracle_language": "oracle_language",
+}
+    "prompts": "prompts",
+    "mini_librispeech": "mini_librispeech",
+    "synthetic": "synthetic",
+    "oracle_language": "oracle_language",
+}
 
 
 def prepare(name: str, root: str | Path, **options) -> Path:

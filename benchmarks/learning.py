@@ -1,0 +1,209 @@
+"""Does pre-training learn? Two experiments on a CPU, several seeds each, compared with thresholds.
+
+    python benchmarks/learning.py oracle     # across modalities: an artificial language of 16 words (data/oracle_language)
+    python benchmarks/learning.py speech     # from speech alone: human telephone prompts (data/prompts)
+
+Each seed is a run of scripts/speech_pretrain.py with its own folder; the same command again goes on where it stopped.
+Writes benchmarks/results/learning_<experiment>.json and exits with 1 if a threshold is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from environment import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A figure that every seed must reach, or (``scope`` best) the best of them."""
+
+    figure: str
+    bound: float
+    at_least: bool = True
+    scope: str = "every"
+
+    def met(self, values: list[float]) -> bool:
+        compare = operator.ge if self.at_least else operator.le
+        return (any if self.scope == "best" else all)(compare(value, self.bound) for value in values)
+
+    def __str__(self) -> str:
+        return f"{self.scope} seed: {self.figure} {'>=' if self.at_least else '<='} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is run, on which held-out data it is looked at, and what must come out."""
+
+    arguments: tuple[str, ...]
+    steps: int
+    label: str
+    thresholds: tuple[Threshold, ...]
+
+
+EXPERIMENTS = {
+    "oracle": Experiment(
+        ("--config-name", "oracle_language"),
+        3000,
+        "synthetic: chords for words",
+        (
+            Threshold("matching_accuracy_nearest", 0.90),
+            Threshold("matching_accuracy_rotated", 0.80),
+            Threshold("text_given_speech", 0.50),
+            Threshold("text_given_speech", 0.80, scope="best"),
+            Threshold("text_given_other_speech", 0.10, at_least=False),
+            Threshold("retrieval_at_1", 0.80),
+        ),
+    ),
+    "speech": Experiment(
+        (
+            "--config-name",
+            "slam_stage1",
+            "model=tiny",
+            "model.objectives.masked_text=null",
+        ),
+        1200,
+        "real: human telephone prompts",
+        (
+            Threshold("train_information_gain", 0.12),
+            Threshold("held_out_information_gain", 0.05),
+            Threshold("contrastive_margin", 0.04),
+            Threshold("code_perplexity", 12),
+            Threshold("code_accuracy_margin", 0.03),
+        ),
+    ),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=sorted(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    parser.add_argument("--steps", type=int, help="default: the experiment's")
+    parser.add_argument("--exp-dir", type=Path, default=Path("runs/learning"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/learning_EXPERIMENT.json")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for scripts/speech_pretrain.py")
+    return parser.parse_args()
+
+
+def train(experiment: Experiment, name: str, seed: int, options: argparse.Namespace) -> Path:
+    """One run to its end, or nothing if it is finished. Returns its run folder."""
+    folder = options.exp_dir / name
+    arguments = [
+        *experiment.arguments,
+        f"name={name}",
+        f"seed={seed}",
+        f"exp_manager.exp_dir={options.exp_dir}",
+        f"trainer.max_steps={options.steps or experiment.steps}",
+        *options.overrides,
+    ]
+    if not (folder / f"{name}.nemo").exists():
+        print("$ python scripts/speech_pretrain.py", *arguments, flush=True)
+        subprocess.run([sys.executable, str(ROOT / "scripts/speech_pretrain.py"), *arguments], check=True)
+    return folder
+
+
+def oracle_figures(folder: Path) -> dict[str, float]:
+    """Accuracies on the test sequences, which share no text with the others."""
+    from nemo_slam.data.loader import ValidationDataset, build_streams
+    from nemo_slam.evaluation.probes import probe
+    from nemo_slam.objectives.base import ObjectiveOutput
+    from nemo_slam.objectives.metrics import MetricAccumulator
+
+    model, cfg = restore(folder)
+    figures: dict[str, float] = {}
+    for negatives in ("nearest", "rotated"):
+        node = {**cfg["data"]["validation_ds"]["pairs"], "negatives": negatives}
+        node["manifest_filepath"] = node["manifest_filepath"].replace("_dev", "_test")
+        streams = build_streams({"pairs": node}, seed=0, tokenizer=model.tokenizer_model, split="test")
+        accumulator = MetricAccumulator()
+        for batch in ValidationDataset(streams):
+            outputs = model(batch)
+            accumulator.update(model.objectives["matching"](outputs), {})
+            accumulator.update(probe(model, batch) if negatives == "nearest" else ObjectiveOutput(), {})
+        result = accumulator.flush()
+        figures[f"matching_accuracy_{negatives}"] = result["matching/accuracy"]
+        figures |= {name.removeprefix("probe/"): value for name, value in result.items() if name.startswith("probe/")}
+    return figures
+
+
+def speech_figures(folder: Path) -> dict[str, float]:
+    """The last training interval's and the last validation's figures, from metrics.csv."""
+    import pandas
+
+    rows = pandas.read_csv(folder / "metrics.csv")
+    train = rows.dropna(subset=["loss"]).tail(5).mean()
+    held_out = rows.dropna(subset=["val_loss"]).iloc[-1]
+    speech = "masked_speech"
+    return {
+        "train_information_gain": train[f"{speech}/code_information_gain"],
+        "held_out_information_gain": held_out[f"val_{speech}/code_information_gain"],
+        "contrastive_margin": held_out["val_probe/contrastive_accuracy"]
+        - held_out["val_probe/contrastive_accuracy_other_context"],
+        "code_perplexity": held_out[f"val_{speech}/code_perplexity"],
+        "code_accuracy_margin": held_out[f"val_{speech}/code_accuracy"] - held_out[f"val_{speech}/code_top_share"],
+    }
+
+
+def restore(folder: Path) -> tuple[Any, dict]:
+    """The trained model, ready to evaluate, and the run's config."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from nemo_slam.models.pretraining import SLAMPretrainingModel
+
+    model = SLAMPretrainingModel.restore_from(str(folder / f"{folder.name}.nemo"), map_location="cpu").eval()
+    torch.set_grad_enabled(False)
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    assert isinstance(config, dict)
+    return model, config
+
+
+FIGURES = {"oracle": oracle_figures, "speech": speech_figures}
+
+
+def main() -> int:
+    options = parse_arguments()
+    experiment = EXPERIMENTS[options.experiment]
+    seeds = []
+    for seed in options.seeds:
+        started = time.perf_counter()
+        folder = train(experiment, f"{options.experiment}_{seed}", seed, options)
+        seconds = time.perf_counter() - started
+        figures = {name: float(value) for name, value in FIGURES[options.experiment](folder).items()}
+        seeds.append({"seed": seed, "seconds": round(seconds, 1), **figures})
+        print(f"seed {seed}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
+    checks = []
+    for threshold in experiment.thresholds:
+        values = [row[threshold.figure] for row in seeds]
+        checks.append({"threshold": str(threshold), "values": values, "met": threshold.met(values)})
+        print("met   " if checks[-1]["met"] else "MISSED", threshold, [f"{value:.3f}" for value in values])
+    out = options.out or RESULTS / f"learning_{options.experiment}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "experiment": options.experiment,
+        "data": experiment.label,
+        "steps": options.steps or experiment.steps,
+        "overrides": options.overrides,
+        "seeds": seeds,
+        "checks": checks,
+        "environment": describe(),
+    }
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print("result file:", out)
+    return 0 if all(check["met"] for check in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
