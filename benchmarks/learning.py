@@ -1,6 +1,6 @@
 """Does pre-training learn? Two experiments on a CPU, several seeds each, compared with thresholds.
 
-    python benchmarks/learning.py oracle     # across modalities: an artificial language of 16 words (data/oracle_language)
+    python benchmarks/learning.py oracle     # across modalities: an artificial language of 16 words
     python benchmarks/learning.py speech     # from speech alone: human telephone prompts (data/prompts)
 
 Each seed is a run of scripts/speech_pretrain.py with its own folder; the same command again goes on where it stopped.

@@ -18,11 +18,6 @@ RECIPES = {
     "synthetic": "synthetic",
     "oracle_language": "oracle_language",
 }
-    "prompts": "prompts",
-    "mini_librispeech": "mini_librispeech",
-    "synthetic": "synthetic",
-    "oracle_language": "oracle_language",
-}
 
 
 def prepare(name: str, root: str | Path, **options) -> Path:
