@@ -83,6 +83,10 @@ class PairStream(Stream):
         """The tokens of the text that does not belong to the example, (n,) int64; another one each epoch."""
         return self._negatives.tokens(int(example_id), int(epoch), self.text)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs in the text, (vocab_size,) int64; of a large text, in a million tokens of it."""
+        return self._tokens.counts(vocab_size)
+
     def load(self, ids: np.ndarray, epochs: np.ndarray, step: int | None = None) -> PairBatch:
         """The batch of the given examples, (B,) each; those that cannot be loaded are left out and listed."""
         kept, audio, audio_lengths = self._audio.load(ids, step)

@@ -65,6 +65,10 @@ class TextStream(Stream):
         super().__init__(name, index, sampling, bad_rows or BadRows())
         self._tokens = TokenReader(index.folder, model.dtype)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token occurs in the text, (vocab_size,) int64; of a large text, in a million tokens of it."""
+        return self._tokens.counts(vocab_size)
+
     def load(self, ids: np.ndarray, epochs: np.ndarray, step: int | None = None) -> TextBatch:
         """The batch of the given examples, (B,) each, in the order given (the sampler's: by length)."""
         lengths = self.index.length[ids].astype(np.int64)

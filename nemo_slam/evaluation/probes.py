@@ -8,7 +8,14 @@ Input is not corrupted but for what is asked: speech is unmasked, masked tokens 
 * ``probe/matching_choice``: how often the true text scores above the pair's negative, beside ``.._by_length``, the same
   choice by the ratio of lengths alone.
 * ``probe/retrieval_at_K``: is the true text among the K best of the batch's texts, beside ``.._chance``.
+* ``probe/contrastive_accuracy`` on the speech stream, beside ``.._other_context``: see :mod:`.speech_probes`.
 * ``probe/effective_rank`` of the multimodal encoder's output on speech alone: 1 is collapse, D the most there can be.
+
+Other guesses to beat come with the objectives' own figures, in training and in validation:
+``masked_speech/code_accuracy`` beside ``code_top_share`` (the commonest code among the same targets), with
+``code_usage`` (share of the codes that occur at all), ``code_perplexity`` and ``code_information_gain``;
+``masked_text/token_accuracy`` and ``tokens`` (cross entropy, nats) beside ``token_accuracy_by_unigram`` and
+``tokens_by_unigram``, a guess by the unigrams of the training text.
 
 Shape legend: B pairs, D width, M masked tokens.
 """
@@ -24,6 +31,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from nemo_slam.data.batch import PairBatch, StepBatch
+from nemo_slam.evaluation.speech_probes import contrastive
 from nemo_slam.modules.speech_encoder import subsampled_lengths
 from nemo_slam.objectives.base import Metric, ObjectiveOutput, count
 from nemo_slam.objectives.matching import Matching
@@ -225,3 +233,4 @@ class Probes(Callback):
         model = cast("SLAMPretrainingModel", pl_module)
         with torch.no_grad(), trainer.precision_plugin.val_step_context():
             model.validation_metrics.update(probe(model, batch), {})
+            model.validation_metrics.update(ObjectiveOutput(metrics=contrastive(model, outputs)), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,13 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             )
         self.text_encoder.num_pieces = pieces
 
+    def set_unigrams(self, counts: Mapping[str, Tensor]) -> None:
+        """Token counts (V,) of the training text by stream, for the guess that masked tokens are compared with."""
+        for name, objective in self.objectives.items():
+            if isinstance(objective, (MaskedText, TranslationLM)):
+                assert self.text_loss is not None
+                self.text_loss.set_unigram(name, counts[objective.streams[0]])
+
     # ---- data
     # -------------------------------------------------------------------------------------------------------------
 
@@ -215,9 +223,10 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         self.train_metrics.update(result, outputs.volume(batch))
         return total
 
-    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> StepOutputs:
         _, result, outputs = self.losses(batch)
         self.validation_metrics.update(result, outputs.volume(batch))
+        return outputs  # for the probes
 
     def on_validation_epoch_end(self) -> None:
         figures = self.validation_metrics.flush()

@@ -66,6 +66,15 @@ class SpeechLoss(nn.Module):
         if isinstance(self.quantizer, RandomProjectionQuantizer):
             codes = self.quantizer(outputs.stacked_mel(masked.index))
             return self._codes(outputs, masked, codes, multimodal, prefix, weight)
+        quantized = self.targets(outputs, masked, prefix)
+        result = self._contrastive(outputs, masked, quantized, prefix, weight)
+        result.extend(self._codes(outputs, masked, quantized.code_ids, multimodal, prefix, weight))
+        result.losses.append(self._diversity(quantized, f"{prefix}/diversity", weight * self.config.diversity_weight))
+        return result
+
+    def targets(self, outputs: StepOutputs, masked: MaskedRows, prefix: str) -> Quantized:
+        """The trained quantizer's choice for each masked frame, from the unmasked features."""
+        assert isinstance(self.quantizer, GumbelQuantizer)
         features = outputs.features.index_select(0, masked.index)
         noise = gumbel_noise(
             *masked.where,
@@ -74,30 +83,36 @@ class SpeechLoss(nn.Module):
             dtype=torch.float64 if features.dtype == torch.float64 else torch.float32,
             backend=outputs.settings.kernels,
         )
-        quantized = self.quantizer(features, noise, outputs.optimizer_step)
-        result = self._contrastive(outputs, masked, quantized, prefix, weight)
-        result.extend(self._codes(outputs, masked, quantized.code_ids, multimodal, prefix, weight))
-        result.losses.append(self._diversity(quantized, f"{prefix}/diversity", weight * self.config.diversity_weight))
-        return result
+        return self.quantizer(features, noise, outputs.optimizer_step)
+
+    def distractors(
+        self, outputs: StepOutputs, masked: MaskedRows, quantized: Quantized, prefix: str
+    ) -> tuple[Tensor, Tensor]:
+        """The masked rows (M, K) that each is told from, -1 for none, and how many rows have other rows at all."""
+        drawn = sample_distractors(
+            *masked.where,
+            key=outputs.randomness.key(f"distractors/{prefix}"),
+            num=self.config.num_distractors,
+            backend=outputs.settings.kernels,
+        )
+        rows = (drawn[:, 0] >= 0).sum()
+        if self.config.ignore_equal_codes:
+            drawn = drawn.masked_fill(quantized.sampled[drawn.clamp(min=0)] == quantized.sampled[:, None], -1)
+        return drawn, rows
 
     def _contrastive(
         self, outputs: StepOutputs, masked: MaskedRows, quantized: Quantized, prefix: str, weight: float
     ) -> ObjectiveOutput:
         """The true vector among distractors, from the speech encoder's output."""
-        config, backend = self.config, outputs.settings.kernels
-        distractors = sample_distractors(
-            *masked.where,
-            key=outputs.randomness.key(f"distractors/{prefix}"),
-            num=config.num_distractors,
-            backend=backend,
-        )
-        rows = (distractors[:, 0] >= 0).sum()
-        if config.ignore_equal_codes:
-            equal = quantized.sampled[distractors.clamp(min=0)] == quantized.sampled[:, None]
-            distractors = distractors.masked_fill(equal, -1)
+        config = self.config
+        distractors, rows = self.distractors(outputs, masked, quantized, prefix)
         contexts = self.context_projection(outputs.contexts.index_select(0, masked.index))
         loss, correct = span_contrastive(
-            contexts, quantized.vectors, distractors, temperature=config.temperature, backend=backend
+            contexts,
+            quantized.vectors,
+            distractors,
+            temperature=config.temperature,
+            backend=outputs.settings.kernels,
         )
         # Accuracy is over the rows that still have a distractor: under collapse few are left, and it must not look
         # like failure.

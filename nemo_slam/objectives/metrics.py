@@ -70,6 +70,7 @@ class MetricAccumulator:
             if kind == "histogram" and value.sum() > 0:
                 usage = value / value.sum()
                 entropy = -torch.special.xlogy(usage, usage).sum().item()
+                figures[f"{name}_usage"] = (value > 0).double().mean().item()
                 figures[f"{name}_perplexity"] = math.exp(entropy)
                 figures[f"{name}_top_share"] = usage.max().item()
                 figures[f"{name}_information_gain"] = entropy - figures[self._histogram_losses[name]]

@@ -15,7 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.loader import build_streams
+from nemo_slam.data.pairs import PairStream
 from nemo_slam.data.stream import Stream
+from nemo_slam.data.text import TextStream
 from nemo_slam.evaluation.probes import Probes
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.training.checkpoints import (
@@ -167,6 +169,9 @@ def pretrain(cfg: DictConfig) -> Path:
     bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
     common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
     train = build_streams(_needed(cfg.model.train_ds, model.streams, "train_ds"), **common)
+    vocab_size = cfg.model.text_encoder.vocab_size
+    texts = {n: s.token_counts(vocab_size) for n, s in train.items() if isinstance(s, (TextStream, PairStream))}
+    model.set_unigrams({name: torch.from_numpy(counts) for name, counts in texts.items()})
     validation = {}
     if cfg.model.validation_ds is not None:
         node = _needed(cfg.model.validation_ds, model.streams, "validation_ds")

@@ -180,7 +180,7 @@ def test_validation_reports_them(pretrain_config, probing):
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["loss"] == ""]
     names = {name for name in rows[0] if name.startswith("val_probe/")}
-    assert len(names) == (13 if probing else 0)
+    assert len(names) == (15 if probing else 0)
     for name in names - {"val_probe/effective_rank"}:
         assert 0 <= float(rows[0][name]) <= 1
     if probing:
