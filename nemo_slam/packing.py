@@ -120,28 +120,6 @@ class SequenceLayout:
             positions=torch.as_tensor(positions).to(device),
         )
 
-    def to_padded(self, rows: Tensor) -> Tensor:
-        """Rows (N, D) -> (S - 1, T, D) in sequence order without the tail; padding is zero."""
-        lengths = self.lengths[:-1]
-        width = int(lengths.max(initial=0))
-        index = np.full((len(lengths), width), self.num_rows, np.int64)
-        index[np.arange(width) < lengths[:, None]] = np.arange(self.num_valid)
-        source = torch.cat([rows, rows.new_zeros(1, *rows.shape[1:])])
-        return source[torch.as_tensor(index, device=rows.device)]
-
-    def from_padded(self, padded: Tensor) -> Tensor:
-        """Inverse of :meth:`to_padded`: (S - 1, T, D) -> rows (N, D), the tail zero."""
-        lengths = self.lengths[:-1]
-        if padded.shape[0] != len(lengths) or padded.shape[1] < lengths.max(initial=0):
-            raise ValueError(
-                f"padded input is {tuple(padded.shape)}, the layout has {len(lengths)} sequences of up to "
-                f"{lengths.max(initial=0)} rows"
-            )
-        width = padded.shape[1]
-        index = torch.as_tensor(ranges(np.arange(len(lengths)) * width, lengths), device=padded.device)
-        rows = padded.flatten(0, 1).index_select(0, index)
-        return torch.cat([rows, rows.new_zeros(int(self.lengths[-1]), *rows.shape[1:])])
-
 
 def _blocks(
     starts: np.ndarray, lengths: np.ndarray, num_rows: int, device: torch.device | str

@@ -10,6 +10,8 @@ from slam_kernels import stream_key
 
 STREAM_SHIFT = 56
 """Example ids are unique within a stream; the stream's number goes above this bit, so that streams draw apart."""
+INPUT_SHIFT = 58
+"""Two inputs of one example that are masked in one pass draw apart by a number above this bit."""
 
 
 @dataclass(frozen=True)

@@ -49,25 +49,6 @@ def test_blocks_hold_every_row_once_with_little_padding(lengths):
     assert (layout.inverse[layout.num_valid :] == len(places)).all()
 
 
-@settings(deadline=None)
-@given(LENGTHS, st.integers(1, 8))
-def test_padded_and_back(lengths, multiple):
-    layout = SequenceLayout.build(np.array(lengths, np.int64), multiple=multiple)
-    rows = torch.randn(layout.num_rows, 3)
-    rows[layout.num_valid :] = 0
-    padded = layout.to_padded(rows)
-    assert padded.shape == (len(lengths), max(lengths, default=0), 3)
-    for i, length in enumerate(lengths):
-        assert (padded[i, length:] == 0).all()
-    assert torch.equal(layout.from_padded(padded), rows)
-
-
-def test_from_padded_refuses_another_layout():
-    layout = SequenceLayout.build(np.array([3, 2]))
-    with pytest.raises(ValueError, match=r"\(2, 2, 1\).*2 sequences of up to 3"):
-        layout.from_padded(torch.zeros(2, 2, 1))
-
-
 @st.composite
 def kinds_of_sequences(draw):
     """Kinds with 1 to 3 segments over a source of 100 rows."""

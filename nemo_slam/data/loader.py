@@ -85,14 +85,12 @@ class ValidationDataset(Dataset):
         streams: as for `StepDataset`.
         rank: of this process.
         world: number of processes.
-        steps: at most this many batches, or None for all.
     """
 
-    def __init__(self, streams: Mapping[str, Stream], rank: int = 0, world: int = 1, steps: int | None = None):
+    def __init__(self, streams: Mapping[str, Stream], rank: int = 0, world: int = 1):
         self.streams = dict(streams)
         self.rank, self.world = rank, world
-        batches = max(s.sampler.steps_once for s in self.streams.values())
-        self._length = batches if steps is None else min(batches, steps)
+        self._length = max(s.sampler.steps_once for s in self.streams.values())
 
     def __len__(self) -> int:
         return self._length

@@ -107,10 +107,6 @@ class StepSampler:
         """Steps that one pass over the stream takes."""
         return self.length_per_epoch / self.frames_per_step
 
-    def epoch_at(self, step: int) -> int:
-        """The epoch in which `step` begins."""
-        return step * self.frames_per_step // self.length_per_epoch
-
     @property
     def steps_once(self) -> int:
         """Steps that cover epoch 0 completely (the last one may be short)."""

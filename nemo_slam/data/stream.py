@@ -61,18 +61,8 @@ class Stream:
         """The file and the line (from 1) that an example comes from."""
         return str(self.sources[self.index.file[example_id]]), int(self.index.line[example_id])
 
-    def describe(self) -> dict[str, Any]:
-        """Facts for a start-up table: rows, length of an epoch, what was left out and why."""
-        return {
-            "rows": len(self.index),
-            self.unit: self.index.meta["total_length"],
-            "steps_per_epoch": self.sampler.steps_per_epoch,
-            "bad": self.index.meta["bad"],
-            "filtered": dict(self.index.meta["filtered"]),
-        }
-
     def summary(self) -> str:
-        """`describe` in a sentence."""
+        """Rows, amount, length of an epoch, and what was left out and why, in a sentence."""
         size = self.index.meta["total_length"]
         amount = f"{size / 360_000:.2f} h" if self.unit == "frames" else f"{size:,} {self.unit}"
         return (

@@ -18,8 +18,9 @@ from nemo_slam.objectives.masked_speech import MaskedSpeech
 from slam_kernels import span_contrastive
 
 if TYPE_CHECKING:
+    from nemo_slam.models.masking import MaskedRows
     from nemo_slam.models.pretraining import SLAMPretrainingModel
-    from nemo_slam.models.step import MaskedRows, StepOutputs
+    from nemo_slam.models.step import StepOutputs
 
 
 def contrastive(model: SLAMPretrainingModel, outputs: StepOutputs) -> list[Metric]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nemo_slam.models.encoder import SLAMEncoder
 from nemo_slam.modules.conformer import PackedConformerLayer
+from nemo_slam.modules.positions import rotary_angles, rotate
 
 
 def valid(length: Tensor, width: int | torch.SymInt) -> Tensor:
@@ -39,6 +40,9 @@ def attend(layer: PackedConformerLayer, x: Tensor, mask: Tensor) -> Tensor:
         linear(x).unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
         for linear in (attention.linear_q, attention.linear_k, attention.linear_v)
     )
+    if attention.rotary:
+        angles = rotary_angles(torch.arange(x.shape[1], device=x.device), q.shape[-1])
+        q, k = rotate(q, *angles), rotate(k, *angles)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
     return attention.linear_out(out.transpose(1, 2).flatten(2))
 

@@ -99,13 +99,15 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer)
         self.text_encoder = TextEncoder(settings.text_encoder, width)
         self.multimodal_encoder = MultimodalEncoder(settings.multimodal_encoder, settings.conformer)
-        learned = settings.mask_vector.kind == "learned"
-        self.mask_vector = nn.Parameter(torch.randn(width) * settings.mask_vector.std) if learned else None
         chosen = settings.objectives
         predicts_text = chosen.masked_text is not None or chosen.translation_lm is not None
         self.speech_loss = build_speech_loss(settings)
         self.text_loss = TextLoss(settings.text_encoder.vocab_size) if predicts_text else None
         self.objectives = build_objectives(settings, self.speech_loss, self.text_loss)
+        # Without masked speech the vector would be a parameter that no loss reaches.
+        masks_speech = any(i.masking is not None for objective in self.objectives.values() for i in objective.speech)
+        learned = settings.mask_vector.kind == "learned" and masks_speech
+        self.mask_vector = nn.Parameter(torch.randn(width) * settings.mask_vector.std) if learned else None
         self.randomness = Randomness(int(cfg.get("seed", 0)))
         self.train_metrics = MetricAccumulator()
         self.validation_metrics = MetricAccumulator()

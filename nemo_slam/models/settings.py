@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_slam.config import parse, unknown_key
-from nemo_slam.models.step import MaskVectorConfig
+from nemo_slam.models.masking import MaskVectorConfig
 from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoderConfig
 from nemo_slam.modules.quantizer import GumbelQuantizerConfig

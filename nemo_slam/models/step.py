@@ -13,33 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from nemo_slam.data.batch import StepBatch
+from nemo_slam.models.masking import MaskedRows, mask_speech, mask_text, sample_masks
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective
-from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput, TokenMasking
+from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, TextInput
 from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack, ranges
-from nemo_slam.randomness import STREAM_SHIFT, Randomness
-from slam_kernels import apply_spans, corrupt_tokens, sample_spans
-
-STREAMS = ("speech", "text", "pairs")
-
-
-@dataclass(frozen=True)
-class MaskVectorConfig:
-    """What replaces a masked frame (w2v-BERT: random vectors).
-
-    Attributes:
-        kind: ``random`` (fresh Gaussian vectors) or ``learned`` (one vector).
-        std: standard deviation of the random vectors.
-    """
-
-    kind: str = "random"
-    std: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("random", "learned"):
-            raise ValueError(f"mask_vector.kind: {self.kind!r} is not one of random, learned")
+from nemo_slam.randomness import Randomness
 
 
 class Encoders(nn.Module):
@@ -61,25 +42,6 @@ class StepSettings:
     kernels: str
     multiple: int = 1
     max_positions: int | None = None
-
-
-@dataclass
-class MaskedRows:
-    """What a loss on masked positions needs.
-
-    *Shape:* ``index`` (M,) rows within the packed layout of their encoder, ascending; ``cu_seqlens`` (S + 1,),
-    ``ids`` (S,) and ``epochs`` (S,) of that layout, ids -1 where the sequence is not this input's.
-    """
-
-    index: Tensor
-    cu_seqlens: Tensor
-    ids: Tensor
-    epochs: Tensor
-
-    @property
-    def where(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the keyed samplers of ``slam_kernels`` take."""
-        return self.index, self.cu_seqlens, self.ids, self.epochs
 
 
 @dataclass
@@ -147,9 +109,6 @@ class StepOutputs:
             -1, mels * SUBSAMPLING_FACTOR
         )
 
-    def num_sequences(self, name: str) -> int:
-        return len(self.packed.order[name])
-
     def to_multimodal(self, name: str, segment: str, index: Tensor) -> Tensor:
         """Rows of the speech or text layout (M,) -> rows of the multimodal batch, within the sequences of input
         ``name``."""
@@ -191,14 +150,14 @@ def run_step(
     subsampled = encoders.speech_encoder.subsample(features, frames)
     packed_speech = _pack_speech(speech_inputs, batch, subsampled_lengths(frames), device, settings)
     unmasked = gather_rows(subsampled, packed_speech.gather)
-    speech_masks = _sample_masks(packed_speech, speech_inputs, batch, randomness, settings)
-    rows, masked_speech = _mask_speech(unmasked, speech_masks, randomness, settings, mask_vector)
+    speech_masks = sample_masks(packed_speech, speech_inputs, batch, randomness, settings.kernels)
+    rows, masked_speech = mask_speech(unmasked, speech_masks, randomness, settings.kernels, mask_vector)
     contexts, projected = encoders.speech_encoder(rows, packed_speech.layout)
 
     source_tokens, packed_text = _pack_text(text_inputs, batch, device, settings)
     tokens = torch.cat([source_tokens, source_tokens.new_zeros(1)]).index_select(0, packed_text.gather)
-    text_masks = _sample_masks(packed_text, text_inputs, batch, randomness, settings)
-    corrupted, masked_text = _mask_text(tokens, text_masks, randomness, settings, encoders.text_encoder)
+    text_masks = sample_masks(packed_text, text_inputs, batch, randomness, settings.kernels)
+    corrupted, masked_text = mask_text(tokens, text_masks, randomness, settings.kernels, encoders.text_encoder)
 
     modal = encoders.multimodal_encoder
     speech_rows = modal.embed_speech(projected, packed_speech.layout.positions)
@@ -286,106 +245,3 @@ def _pack_multimodal(
             lengths.insert(0, np.ones_like(lengths[0]))
         kinds[request.name] = Segments(np.concatenate(starts, axis=1), np.concatenate(lengths, axis=1))
     return pack(kinds, source_rows, device, settings.multiple, settings.max_positions)
-
-
-def _identities(packed: PackedSequences, name: str, stream: str, batch: StepBatch) -> tuple[Tensor, Tensor]:
-    """Example ids, unique over streams, and epochs (S,) of an input's sequences; ids are -1 elsewhere."""
-    examples = getattr(batch, stream)
-    ids = packed.per_sequence(name, examples.ids.numpy() + (STREAMS.index(stream) << STREAM_SHIFT))
-    epochs = packed.per_sequence(name, examples.epochs.numpy(), fill=0)
-    device = packed.gather.device
-    return torch.as_tensor(ids).to(device), torch.as_tensor(epochs).to(device)
-
-
-@dataclass
-class _Masks:
-    """Span masks of the inputs that ask for them, over one layout. *Shape:* mask (N,) bool; ids, epochs (S,)."""
-
-    packed: PackedSequences
-    names: list[str]
-    masks: list[Tensor]
-    identities: list[tuple[Tensor, Tensor]]
-
-    def union(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """mask, cu_seqlens, ids, epochs over all inputs, which never share a sequence."""
-        ids = torch.stack([ids for ids, _ in self.identities]).amax(dim=0)
-        epochs = torch.stack([epochs for _, epochs in self.identities]).amax(dim=0)
-        return torch.stack(self.masks).any(dim=0), self.packed.layout.cu_seqlens, ids, epochs
-
-    def split(self, index: Tensor) -> dict[str, MaskedRows]:
-        """Cut the ascending index of all masked rows where the inputs meet (they are contiguous): one sync for all."""
-        counts = torch.stack([mask.sum() for mask in self.masks]).tolist()
-        cu_seqlens = self.packed.layout.cu_seqlens
-        parts = zip(self.names, index.split(counts), self.identities, strict=True)
-        return {name: MaskedRows(part, cu_seqlens, ids, epochs) for name, part, (ids, epochs) in parts}
-
-
-def _sample_masks(
-    packed: PackedSequences,
-    inputs: Sequence[SpeechInput] | Sequence[TextInput],
-    batch: StepBatch,
-    randomness: Randomness,
-    settings: StepSettings,
-) -> _Masks | None:
-    sampled = _Masks(packed, [], [], [])
-    for request in inputs:
-        masking = request.masking
-        if masking is None:
-            continue
-        ids, epochs = _identities(packed, request.name, request.stream, batch)
-        mask = sample_spans(
-            packed.layout.cu_seqlens,
-            ids,
-            epochs,
-            key=randomness.key(f"spans/{request.name}"),
-            span=masking.span,
-            start_probability=masking.start_probability if isinstance(masking, SpeechMasking) else None,
-            rate=masking.rate if isinstance(masking, TokenMasking) else None,
-            num_rows=packed.layout.num_rows,
-            backend=settings.kernels,
-        )
-        sampled.names.append(request.name)
-        sampled.masks.append(mask)
-        sampled.identities.append((ids, epochs))
-    return sampled if sampled.names else None
-
-
-def _mask_speech(
-    rows: Tensor, masks: _Masks | None, randomness: Randomness, settings: StepSettings, vector: Tensor | float
-) -> tuple[Tensor, dict[str, MaskedRows]]:
-    if masks is None:
-        return rows, {}
-    mask, cu_seqlens, ids, epochs = masks.union()
-    learned = isinstance(vector, Tensor)
-    rows, index = apply_spans(
-        rows,
-        mask,
-        cu_seqlens,
-        ids,
-        epochs,
-        key=randomness.key("mask_vectors"),
-        vector=vector if learned else None,
-        std=0.0 if learned else float(vector),
-        backend=settings.kernels,
-    )
-    return rows, masks.split(index)
-
-
-def _mask_text(
-    tokens: Tensor, masks: _Masks | None, randomness: Randomness, settings: StepSettings, text_encoder: TextEncoder
-) -> tuple[Tensor, dict[str, MaskedRows]]:
-    if masks is None:
-        return tokens, {}
-    mask, cu_seqlens, ids, epochs = masks.union()
-    tokens, index = corrupt_tokens(
-        tokens,
-        mask,
-        cu_seqlens,
-        ids,
-        epochs,
-        key=randomness.key("corruption"),
-        mask_id=text_encoder.mask_id,
-        vocab_size=text_encoder.num_pieces,
-        backend=settings.kernels,
-    )
-    return tokens, masks.split(index)

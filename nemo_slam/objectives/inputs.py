@@ -36,21 +36,31 @@ class TokenMasking:
 
 @dataclass(frozen=True)
 class SpeechInput:
-    """The utterances of a stream (``speech`` or ``pairs``) through the speech encoder, masked or not."""
+    """The utterances of a stream (``speech`` or ``pairs``) through the speech encoder, masked or not.
+
+    Attributes:
+        draw: 0 to 15, another one for each input that masks the same stream: what replaces masked rows depends on it.
+    """
 
     name: str
     stream: str
     masking: SpeechMasking | None = None
+    draw: int = 0
 
 
 @dataclass(frozen=True)
 class TextInput:
-    """The texts of a stream (``text`` or ``pairs``), or the pairs' negatives, through the text encoder."""
+    """The texts of a stream (``text`` or ``pairs``), or the pairs' negatives, through the text encoder.
+
+    Attributes:
+        draw: as in :class:`SpeechInput`.
+    """
 
     name: str
     stream: str
     masking: TokenMasking | None = None
     negative: bool = False
+    draw: int = 0
 
 
 @dataclass(frozen=True)

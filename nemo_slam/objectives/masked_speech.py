@@ -25,7 +25,8 @@ from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMask
 from slam_kernels import gumbel_noise, masked_cross_entropy, sample_distractors, span_contrastive
 
 if TYPE_CHECKING:
-    from nemo_slam.models.step import MaskedRows, StepOutputs
+    from nemo_slam.models.masking import MaskedRows
+    from nemo_slam.models.step import StepOutputs
 
 
 @dataclass(frozen=True)

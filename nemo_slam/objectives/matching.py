@@ -34,10 +34,10 @@ class Matching(Objective):
         super().__init__()
         self.weight = weight
         self.head = nn.Linear(d_model, 1)
-        self.speech = (SpeechInput(self.name, "pairs", speech_masking),)
+        self.speech = (SpeechInput(self.name, "pairs", speech_masking, draw=1),)
         self.text = (
-            TextInput(self.name, "pairs", token_masking),
-            TextInput(self.negative, "pairs", token_masking, negative=True),
+            TextInput(self.name, "pairs", token_masking, draw=1),
+            TextInput(self.negative, "pairs", token_masking, negative=True, draw=2),
         )
         self.multimodal = (
             MultimodalInput(self.name, cls=True, speech=self.name, text=self.name),

@@ -154,8 +154,8 @@ def test_bad_rows_are_left_out_and_listed_once(bad_corpus, tmp_path):
     assert sorted(line for line, _ in found) == sorted(indexing | loading)
     for line, reason in found:
         assert (indexing | loading)[line] in reason
-    assert stream.describe()["bad"] == len(indexing)
-    assert stream.describe()["filtered"] == {"shorter than 0.3 s": 1, "longer than 20 s": 1}
+    assert stream.index.meta["bad"] == len(indexing)
+    assert stream.index.meta["filtered"] == {"shorter than 0.3 s": 1, "longer than 20 s": 1}
 
 
 def test_raise_stops_at_the_first_bad_row(bad_corpus):
@@ -227,7 +227,7 @@ def test_text_is_what_the_tokenizer_says(shared_corpus, tokenizer):
     model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     lines = (shared_corpus / "text.txt").read_text().splitlines()
     stream = TextStream(TextConfig([str(shared_corpus / "text.txt")], 300), tokenizer, seed=0)
-    assert stream.describe()["tokens"] == sum(map(len, model.encode(lines)))
+    assert stream.index.meta["total_length"] == sum(map(len, model.encode(lines)))
     for step in range(4):
         batch = stream.batch(step)
         assert batch.tokens.dtype == torch.int64
@@ -278,21 +278,21 @@ def test_json_lines_text_and_its_bad_rows(tmp_path, tokenizer, suffix):
         6: "text is unknown to the tokenizer: 1 of 2 tokens",
     }
     assert stream.index.meta["unknown_tokens"] == 1  # a row with a few unknown characters is kept
-    assert stream.describe()["filtered"] == {"blank lines": 1}
+    assert stream.index.meta["filtered"] == {"blank lines": 1}
 
 
 def test_plain_text_bad_lines(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes(b"baden\n\n  \nke\xff\n\xef\xbb\xbf\nmofal\n")
     rows = BadRows(tmp_path / "bad_rows.jsonl")
     stream = TextStream(TextConfig([str(tmp_path / "a.txt")], 100, min_tokens=2), tokenizer, seed=0, bad_rows=rows)
-    assert stream.describe()["filtered"]["blank lines"] == 2
+    assert stream.index.meta["filtered"]["blank lines"] == 2
     assert [line for line, _ in listed(rows.path)] == [4, 5]
 
 
 def test_short_lines_are_filtered(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("b\n" + sentence(0, 9) + "\n")
     stream = TextStream(TextConfig([str(tmp_path / "a.txt")], 100, min_tokens=8), tokenizer, seed=0)
-    assert stream.describe()["filtered"] == {"shorter than 8 tokens": 1}
+    assert stream.index.meta["filtered"] == {"shorter than 8 tokens": 1}
     assert len(stream.index) == 1
 
 
@@ -311,7 +311,7 @@ def test_another_tokenizer_is_another_index(shared_corpus, tokenizer, tmp_path):
     )
     second = TextStream(config, tmp_path / "t.model", seed=0)
     assert first.index.folder != second.index.folder
-    assert first.describe()["tokens"] < second.describe()["tokens"]
+    assert first.index.meta["total_length"] < second.index.meta["total_length"]
 
 
 def test_wrong_tokenizer_is_named(shared_corpus, tmp_path):
@@ -362,7 +362,7 @@ def test_pair_rows_that_cannot_be_used(tmp_path, tokenizer):
     stream = PairStream(PairsConfig([str(manifest)], 300, max_tokens=20), tokenizer, seed=0, bad_rows=rows)
     assert len(stream.index) == 2
     assert sorted(line for line, _ in listed(rows.path)) == [3, 4, 5]
-    assert stream.describe()["filtered"] == {"longer than 20 tokens": 1}  # a transcript is never cut
+    assert stream.index.meta["filtered"] == {"longer than 20 tokens": 1}  # a transcript is never cut
 
 
 def test_one_text_for_all_is_an_error(tmp_path, tokenizer):

@@ -8,7 +8,7 @@ from batch_helpers import exact_features, select
 
 from nemo_slam.evaluation.speech_probes import contrastive, next_utterance
 from nemo_slam.models.pretraining import SLAMPretrainingModel
-from nemo_slam.models.step import MaskedRows
+from nemo_slam.models.masking import MaskedRows
 
 
 @pytest.fixture

@@ -1,12 +1,19 @@
 """The packed batch gives each utterance, text and pair what it gets alone: outputs, losses, gradients."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from batch_helpers import exact_features, select
 
 from nemo_slam.data.batch import StepBatch
+from nemo_slam.models import masking
+from nemo_slam.models import step as steps
 from nemo_slam.models.pretraining import SLAMPretrainingModel
+from nemo_slam.randomness import Randomness
+
+SETTINGS = steps.StepSettings("torch", multiple=8)
 
 
 @pytest.fixture
@@ -122,11 +129,13 @@ def test_an_empty_stream_leaves_no_parameter_without_gradient(model, make_batch,
         {"masked_speech": {}, "masked_text": {}},
         {"masked_speech": {}},
         {"masked_speech": {}, "masked_text": {}, "translation_lm": {}, "matching": {"input": "masked"}},
+        {"masked_text": {}, "matching": {}},
     ],
-    ids=["stage1", "speech only", "masked matching"],
+    ids=["stage1", "speech only", "masked matching", "unmasked speech only"],
 )
-def test_no_unused_parameter_in_any_stage(model_config, make_batch, objectives):
-    model = SLAMPretrainingModel(model_config(objectives=objectives)).train()
+@pytest.mark.parametrize("kind", ["random", "learned"])
+def test_no_unused_parameter_in_any_stage(model_config, make_batch, objectives, kind):
+    model = SLAMPretrainingModel(model_config(objectives=objectives, mask_vector={"kind": kind})).train()
     batch = make_batch()
     batch = StepBatch(0, **{s: getattr(batch, s) if s in model.streams else None for s in ("speech", "text", "pairs")})
     total, _, _ = model.losses(batch)
@@ -146,3 +155,35 @@ def test_masking_rates_and_places(model, make_batch):
     assert 0.35 < rate < 0.6
     unmasked = out.packed_speech.rows_of("matching", 0)
     assert not np.isin(unmasked, torch.cat([m.index for m in out.masked_speech.values()]).numpy()).any()
+
+
+def filled(packed, inputs, batch, fill):
+    """Every row of every input replaced, in one pass: rows by input name."""
+    masks = masking.sample_masks(packed, inputs, batch, Randomness(0), "torch")
+    for request, mask in zip(masks.inputs, masks.masks, strict=True):
+        mask.fill_(False)[packed.rows_of(request.name, 0)] = True
+    rows, _ = fill(masks)
+    return [rows[packed.rows_of(request.name, 0)] for request in masks.inputs]
+
+
+def test_two_inputs_of_one_example_are_filled_with_other_words(model_config, make_batch):
+    """Translation LM and masked matching mask the same pairs in one pass: random vectors and tokens must differ."""
+    model = SLAMPretrainingModel(model_config(objectives={"translation_lm": {}, "matching": {"input": "masked"}}))
+    batch = replace(make_batch(pairs=((2.0, 40, 40),) * 3), speech=None)
+    speech = [request for objective in model.objectives.values() for request in objective.speech]
+    packed = steps._pack_speech(speech, batch, np.array([50, 50, 50]), torch.device("cpu"), SETTINGS)
+    rows = torch.zeros(packed.layout.num_rows, 6)
+    first, second = filled(
+        packed, speech, batch, lambda masks: masking.mask_speech(rows, masks, Randomness(0), "torch", 1.0)
+    )
+    assert first.shape == second.shape == (150, 6)
+    assert (first != second).double().mean() > 0.99
+
+    text = [request for objective in model.objectives.values() for request in objective.text]
+    _, packed = steps._pack_text(text, batch, torch.device("cpu"), SETTINGS)
+    tokens = torch.zeros(packed.layout.num_rows, dtype=torch.int64)
+    found = filled(
+        packed, text, batch, lambda masks: masking.mask_text(tokens, masks, Randomness(0), "torch", model.text_encoder)
+    )
+    for one, other in ((0, 1), (0, 2), (1, 2)):  # a tenth is another token, a tenth the true one: in other places
+        assert not torch.equal(found[one], found[other])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from nemo_slam.data.batch import PairBatch, SpeechBatch, StepBatch, TextBatch
+from nemo_slam.models import masking
 from nemo_slam.models import step as steps
 from nemo_slam.models.step import StepSettings
 from nemo_slam.objectives.inputs import SpeechInput, SpeechMasking, TextInput, TokenMasking
@@ -39,9 +40,9 @@ def speech_masks(length, probability, count=COUNT, stream="speech"):
         SpeechInput("plain", stream),
     ]
     packed = steps._pack_speech(inputs, batch, lengths, torch.device("cpu"), SETTINGS)
-    masks = steps._sample_masks(packed, inputs, batch, Randomness(5), SETTINGS)
+    masks = masking.sample_masks(packed, inputs, batch, Randomness(5), "torch")
     rows = torch.ones(packed.layout.num_rows, 2)
-    rows, masked = steps._mask_speech(rows, masks, Randomness(5), SETTINGS, torch.tensor([4.0, 4.0]))
+    rows, masked = masking.mask_speech(rows, masks, Randomness(5), "torch", torch.tensor([4.0, 4.0]))
     changed = (rows == 4).all(dim=1).numpy()
     assert np.flatnonzero(changed).tolist() == masked["masked"].index.tolist()
     assert not changed[packed.rows_of("plain", 0)].any()
@@ -93,7 +94,7 @@ def text_masks(length, rate, count=COUNT, stream="text"):
     )
     inputs = [TextInput("masked", stream, TokenMasking(rate)), TextInput("plain", stream)]
     _, packed = steps._pack_text(inputs, batch, torch.device("cpu"), SETTINGS)
-    masks = steps._sample_masks(packed, inputs, batch, Randomness(5), SETTINGS)
+    masks = masking.sample_masks(packed, inputs, batch, Randomness(5), "torch")
     mask = masks.union()[0].numpy()
     assert not mask[packed.rows_of("plain", 0)].any()
     assert not mask[packed.layout.num_valid :].any()
@@ -131,7 +132,7 @@ def test_masks_of_another_epoch_and_another_seed_differ():
     masks = []
     for seed, part in ((5, batch[0]), (5, batch[1]), (6, batch[0]), (5, batch[0])):
         _, packed = steps._pack_text(inputs, part, torch.device("cpu"), SETTINGS)
-        masks.append(steps._sample_masks(packed, inputs, part, Randomness(seed), SETTINGS).masks[0])
+        masks.append(masking.sample_masks(packed, inputs, part, Randomness(seed), "torch").masks[0])
     assert torch.equal(masks[0], masks[3])
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
