@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from nemo.collections.asr.parts.submodules.conformer_modules import ConformerConvolution
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemo_slam.modules import fp8
 from nemo_slam.packing import SequenceLayout
 from slam_kernels import backend as kernel_backend
 from slam_kernels import glu_conv_group_norm_silu
@@ -28,10 +29,21 @@ class PackedConvolution(ConformerConvolution):
         super().__init__(d_model=d_model, kernel_size=kernel_size, norm_type=f"group_norm{num_groups}")
         self.batch_norm.eps = eps
         self.kernels = kernels
+        self.products: dict[str, fp8.Linear] = {}
+
+    def use_fp8(self) -> None:
+        """Run the two pointwise products in FP8."""
+        width = self.d_model
+        self.products = {"pointwise_conv1": fp8.Linear(width, 2 * width), "pointwise_conv2": fp8.Linear(width, width)}
+
+    def _pointwise(self, name: str, rows: Tensor) -> Tensor:
+        convolution: nn.Conv1d = getattr(self, name)
+        product = self.products.get(name, F.linear)
+        return product(rows, convolution.weight.squeeze(-1), convolution.bias)
 
     def forward(self, x: Tensor, pad_mask: SequenceLayout, cache: None = None) -> Tensor:
         """*Shape:* (1, N, D) -> (1, N, D); ``pad_mask`` is the layout, where NeMo's layer passes a mask."""
-        rows = F.linear(x.squeeze(0), self.pointwise_conv1.weight.squeeze(-1), self.pointwise_conv1.bias)
+        rows = self._pointwise("pointwise_conv1", x.squeeze(0))
         rows = glu_conv_group_norm_silu(
             rows,
             self.depthwise_conv.weight.squeeze(1),
@@ -43,4 +55,4 @@ class PackedConvolution(ConformerConvolution):
             eps=self.batch_norm.eps,
             backend=kernel_backend.resolve(self.kernels, rows.device),
         )
-        return F.linear(rows, self.pointwise_conv2.weight.squeeze(-1), self.pointwise_conv2.bias).unsqueeze(0)
+        return self._pointwise("pointwise_conv2", rows).unsqueeze(0)

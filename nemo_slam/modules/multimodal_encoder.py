@@ -11,14 +11,16 @@ from nemo_slam.modules.conformer import ConformerConfig, ConformerStack
 from nemo_slam.modules.positions import sinusoid
 from nemo_slam.packing import SequenceLayout
 
-POSITIONS = ("none", "sinusoidal")
+POSITIONS = ("none", "sinusoidal", "rotary")
 
 
 @dataclass(frozen=True)
 class MultimodalEncoderConfig:
     """Attributes:
     num_layers: Conformer layers (M).
-    speech_positions: positions added to speech rows at the input, ``none`` or ``sinusoidal`` (unknown in the paper).
+    speech_positions: positions of speech (unknown in the paper): ``none``; ``sinusoidal``, added at the input; or
+        ``rotary``: in every layer, queries and keys of all rows are rotated by their place in their sequence. Text
+        has sinusoids of its own in any case.
     modality_embedding: add a learned vector for each modality (unknown in the paper).
     """
 
@@ -41,7 +43,7 @@ class MultimodalEncoder(nn.Module):
         self.cls = nn.Parameter(torch.randn(1, width) * width**-0.5)
         self.modality = nn.Parameter(torch.zeros(2, width)) if config.modality_embedding else None
         self.dropout = nn.Dropout(conformer.dropout)
-        self.layers = ConformerStack(conformer, config.num_layers)
+        self.layers = ConformerStack(conformer, config.num_layers, rotary=config.speech_positions == "rotary")
 
     def embed_speech(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Projected speech (N, D) and its frame numbers (N,) -> multimodal input rows (N, D)."""
