@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from nemo_slam.data.bad_rows import BadRow, BadRows
 from nemo_slam.data.batch import TextBatch
 from nemo_slam.data.config import TextConfig
-from nemo_slam.data.index import IndexBuilder, open_index
+from nemo_slam.data.index import Index, IndexBuilder, open_index
 from nemo_slam.data.manifest import RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.sampling import PURPOSE_TEXT
 from nemo_slam.data.stream import Stream
@@ -48,14 +48,7 @@ class TextStream(Stream):
         self.config = config
         self.sources = expand_paths(config.text_filepath)
         model = Tokenizer(tokenizer)
-        index = open_index(
-            "text",
-            self.sources,
-            {"tokens": [config.min_tokens, config.max_tokens], "tokenizer": model.digest},
-            COLUMNS,
-            lambda builder: _scan(builder, self.sources, config, model),
-            config.cache_dir,
-        )
+        index = open_text_index(config, self.sources, model)
         sampling = {
             "frames_per_step": config.tokens_per_step,
             "seed": seed,
@@ -81,7 +74,21 @@ class TextStream(Stream):
         )
 
 
-def _scan(builder: IndexBuilder, paths: list[Path], config: TextConfig, model: Tokenizer) -> None:
+def open_text_index(
+    config: TextConfig, sources: list[Path], model: Tokenizer, scan: Callable[[IndexBuilder], None] | None = None
+) -> Index:
+    """Opens the index of a text stream; ``scan`` fills it where there is none, by default `scan_text`."""
+    return open_index(
+        "text",
+        sources,
+        {"tokens": [config.min_tokens, config.max_tokens], "tokenizer": model.digest},
+        COLUMNS,
+        scan or (lambda builder: scan_text(builder, sources, config, model)),
+        config.cache_dir,
+    )
+
+
+def scan_text(builder: IndexBuilder, paths: list[Path], config: TextConfig, model: Tokenizer) -> None:
     """Tokenises all lines into the index folder."""
     too_short = f"shorter than {config.min_tokens} tokens"
     split = unknown = 0

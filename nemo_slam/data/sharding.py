@@ -1,0 +1,307 @@
+"""NeMo tarred audio out of manifests: in parallel, restartable, the same bytes whenever it is made.
+
+Which row goes into which shard is a function of the manifests, the seed and the number of shards. A shard is made by
+one process and appears by renames, its record last; a shard that has a record is not made again. Layout:
+
+    audio_<i>.tar                        the shard's utterances, whole files or cut out of long ones
+    audio_<i>.tar.idx                    where each member begins, then the tar's size, as NeMo has it (uint64)
+    sharded_manifests/manifest_<i>.json  the shard's rows, in the tar's order
+    tarred_audio_manifest.json           all rows, shard after shard
+    shards.json                          settings, counts and checksums; written last
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from filelock import FileLock, Timeout
+
+from nemo_slam.data.audio import MISSING_TOLERANCE, AudioError
+from nemo_slam.data.bad_rows import BadRow, DataError
+from nemo_slam.data.manifest import Files, RowError, audio_path, parse_json, parse_row, scan_lines
+from nemo_slam.data.sampling import keyed_permutation
+from nemo_slam.data.shard_files import (
+    damaged,
+    describe_files,
+    digest_of,
+    file_digest,
+    remove_parts,
+    sizes_agree,
+    write_json,
+    write_whole,
+)
+
+logger = logging.getLogger(__name__)
+
+_SHUFFLE = 5  # of sampling's purposes, used by no stream
+_SIXTEEN_BITS = ("PCM_S8", "PCM_U8", "PCM_16", "ULAW", "ALAW")
+CODECS = ("keep", "flac")
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """Attributes:
+    shards: how many tar files.
+    seed: of the order in which rows are spread over them; None keeps the manifests' order.
+    min_duration, max_duration: in seconds; other rows are left out and counted.
+    codec: ``keep`` the files as they are, or ``flac`` for all. Rows with an offset, and rows that are part of a longer
+        file, are cut out and become FLAC either way: 16 bits where the source has no more, else 24.
+    """
+
+    shards: int
+    seed: int | None = 0
+    min_duration: float = 0.0
+    max_duration: float = float("inf")
+    codec: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.shards < 1:
+            raise DataError(f"the number of shards must be at least 1, got {self.shards}")
+        if self.codec not in CODECS:
+            raise DataError(f"codec must be one of {', '.join(CODECS)}, got {self.codec!r}")
+
+
+@dataclass
+class Rows:
+    """Where the usable rows lie. *Shape:* all (n,): number of the manifest, line, byte offset, size."""
+
+    places: np.ndarray
+    bad: list[BadRow]
+    filtered: int
+
+
+def make_shards(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers: int) -> dict[str, Any]:
+    """Makes what is missing of a sharded corpus; returns what ``shards.json`` holds.
+
+    Raises:
+        DataError: the folder holds shards of other manifests or settings, another process is at work in it, or no row
+            is usable.
+    """
+    (out / "sharded_manifests").mkdir(parents=True, exist_ok=True)
+    (out / ".records").mkdir(exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            return _make(manifests, out, settings, workers)
+    except Timeout:
+        raise DataError(f"{out}: another process is making shards there") from None
+
+
+def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers: int) -> dict[str, Any]:
+    remove_parts(out)
+    sources = [{"manifest": str(m.absolute()), "sha256": file_digest(_readable(m))} for m in manifests]
+    plan = {"sources": sources, **asdict(settings), "max_duration": str(settings.max_duration)}
+    _check_plan(out / "plan.json", plan)
+    identity = digest_of(plan)
+    if _finished(out, identity):
+        logger.info("%s is complete", out)
+        return read_corpus(out)
+    rows = _scan(manifests, settings)
+    if len(rows.places) < settings.shards:
+        raise DataError(
+            f"{len(rows.places)} usable rows for {settings.shards} shards ({rows.filtered} outside the duration "
+            f"limits, {len(rows.bad)} bad{f', the first: {rows.bad[0]}' if rows.bad else ''}): ask for fewer shards"
+        )
+    if settings.seed is not None:
+        order = keyed_permutation(len(rows.places), seed=settings.seed, purpose=_SHUFFLE, use=0, epoch=0, block=0)
+        rows.places = rows.places[order]
+    cuts = [len(rows.places) * s // settings.shards for s in range(settings.shards + 1)]
+    missing = [s for s in range(settings.shards) if not _shard_is_done(out, s, identity)]
+    if len(missing) < settings.shards:
+        logger.info("%d of %d shards are there already", settings.shards - len(missing), settings.shards)
+    # Fresh interpreters: nothing of this process, its lock included, lives on in a worker.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [
+            pool.submit(make_shard, manifests, rows.places[cuts[s] : cuts[s + 1]], cuts[s], out, s, settings, identity)
+            for s in missing
+        ]
+        for done, job in enumerate(as_completed(jobs), start=1):
+            job.result()
+            logger.info("%d of %d shards made", done, len(missing))
+    return _finish(out, plan, rows, settings.shards)
+
+
+def _readable(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError(f"cannot read {path}: check the path")
+    return path
+
+
+def _check_plan(path: Path, plan: dict[str, Any]) -> None:
+    """One folder, one plan: shards of two would overlap and miss rows."""
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [key for key in plan if plan[key] != before.get(key)]
+        if changed:
+            raise DataError(
+                f"{path.parent} holds shards made otherwise: {', '.join(changed)} changed. Name another folder, or "
+                "delete this one"
+            )
+    else:
+        write_json(path, plan)
+
+
+def _scan(manifests: Sequence[Path], settings: ShardSettings) -> Rows:
+    """Places of the usable rows, in order. *Shape:* (n, 4) int64."""
+    places: list[tuple[int, int, int, int]] = []
+    bad: list[BadRow] = []
+    filtered = 0
+    for number, manifest in enumerate(manifests):
+        for line, offset, raw in scan_lines(manifest):
+            if raw.isspace():
+                continue
+            try:
+                duration = parse_row(raw, need_text=False).duration
+            except RowError as error:
+                bad.append(BadRow(str(manifest), line, str(error)))
+                continue
+            if settings.min_duration <= duration <= settings.max_duration:
+                places.append((number, line, offset, len(raw)))
+            else:
+                filtered += 1
+    return Rows(np.array(places, np.int64).reshape(-1, 4), bad, filtered)
+
+
+def make_shard(
+    manifests: Sequence[Path],
+    places: np.ndarray,
+    first: int,
+    out: Path,
+    shard: int,
+    settings: ShardSettings,
+    identity: str,
+) -> None:
+    """One shard: tar, index, manifest, and last the record with their checksums.
+
+    Args:
+        places: *Shape:* (n, 4), of its rows.
+        first: how many rows lie in the shards before, for the members' names.
+    """
+    files, bad, lines, offsets, seconds = Files(manifests), [], [], [], 0.0
+    part = out / f"audio_{shard}.tar.part-{os.getpid()}"
+    with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
+        for position, (number, line, offset, size) in enumerate(places.tolist()):
+            raw = files.read(number, offset, size)
+            try:
+                name, blob = _member(manifests[number], raw, first + position, settings.codec)
+            except (RowError, AudioError, OSError) as error:
+                bad.append({"file": str(manifests[number]), "line": line, "reason": str(error)})
+                continue
+            # No time, owner or mode of the source: the same bytes whenever and by whomever it is made.
+            member = tarfile.TarInfo(name)
+            member.size = len(blob)
+            offsets.append(tar.offset)
+            tar.addfile(member, io.BytesIO(blob))
+            entry = parse_json(raw)
+            if entry.get("offset") is not None:
+                entry["source_audio_offset"] = entry.pop("offset")
+            lines.append(json.dumps({**entry, "audio_filepath": name, "shard_id": shard}, ensure_ascii=False) + "\n")
+            seconds += entry["duration"]
+    index = np.array([*offsets, part.stat().st_size], "<u8").tobytes()
+    tar_path = out / f"audio_{shard}.tar"
+    manifest_path = out / "sharded_manifests" / f"manifest_{shard}.json"
+    index_path = out / f"audio_{shard}.tar.idx"
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    part.replace(tar_path)
+    write_whole(index_path, index)
+    write_whole(manifest_path, "".join(lines).encode())
+    record = {
+        "identity": identity,
+        "rows": len(lines),
+        "seconds": seconds,
+        "bad": bad,
+        "files": describe_files(out, (tar_path, index_path, manifest_path)),
+    }
+    write_json(out / ".records" / f"{shard}.json", record)
+
+
+def _member(manifest: Path, raw: bytes, number: int, codec: str) -> tuple[str, bytes]:
+    """Name and bytes of a row's audio. NeMo splits names at the first full stop, and gives ``-sub`` a meaning."""
+    row = parse_row(raw, need_text=False)
+    path = audio_path(manifest, row)
+    stem = re.sub(r"[^\w-]", "_", path.stem).replace("-sub", "_sub")[:80]
+    name = f"{number:09d}_{stem}"
+    try:
+        with soundfile.SoundFile(path) as file:
+            start, wanted = round(row.offset * file.samplerate), round(row.duration * file.samplerate)
+            tolerance = round(MISSING_TOLERANCE * file.samplerate)
+            if start + wanted > file.frames + tolerance:
+                raise AudioError(
+                    f"{path}: {file.frames / file.samplerate:.3f} s long, the row ends at "
+                    f"{row.offset + row.duration:.3f} s"
+                )
+            whole = start == 0 and file.frames <= wanted + tolerance
+            suffix = path.suffix.lower()
+            if whole and (codec == "keep" or suffix == ".flac"):
+                return name + suffix, path.read_bytes()
+            file.seek(start)
+            exact = file.subtype in _SIXTEEN_BITS
+            samples = file.read(-1 if whole else wanted, dtype="int16" if exact else "int32", always_2d=True)
+            encoded = io.BytesIO()
+            soundfile.write(encoded, samples, file.samplerate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
+    except soundfile.SoundFileError as error:
+        raise AudioError(f"{path}: not readable as audio ({str(error).rsplit(': ', 1)[-1]})") from None
+    return f"{name}.flac", encoded.getvalue()
+
+
+def _record(out: Path, shard: int) -> dict[str, Any] | None:
+    path = out / ".records" / f"{shard}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _shard_is_done(out: Path, shard: int, identity: str) -> bool:
+    record = _record(out, shard)
+    return record is not None and record["identity"] == identity and sizes_agree(out, record["files"])
+
+
+def _finished(out: Path, identity: str) -> bool:
+    if not (out / "shards.json").exists():
+        return False
+    corpus = read_corpus(out)
+    return corpus["identity"] == identity and sizes_agree(out, corpus["files"])
+
+
+def _finish(out: Path, plan: dict[str, Any], rows: Rows, shards: int) -> dict[str, Any]:
+    records = [record for s in range(shards) if (record := _record(out, s)) is not None]
+    whole = out / "tarred_audio_manifest.json"
+    write_whole(whole, b"".join((out / "sharded_manifests" / f"manifest_{s}.json").read_bytes() for s in range(shards)))
+    bad = [*(vars(row) for row in rows.bad), *(row for record in records for row in record["bad"])]
+    files = {name: file for record in records for name, file in record["files"].items()}
+    corpus = {
+        "identity": digest_of(plan),
+        "plan": plan,
+        "rows": sum(record["rows"] for record in records),
+        "hours": round(sum(record["seconds"] for record in records) / 3600, 4),
+        "filtered": rows.filtered,
+        "bad": bad,
+        "files": files | describe_files(out, [whole]),
+    }
+    write_json(out / "shards.json", corpus)
+    return corpus
+
+
+def read_corpus(out: Path) -> dict[str, Any]:
+    """What ``shards.json`` holds. Raises DataError where the folder is no finished corpus."""
+    path = out / "shards.json"
+    if not path.exists():
+        raise DataError(f"{path} does not exist: the shards are not finished; the same command goes on")
+    return json.loads(path.read_text())
+
+
+def verify(out: Path) -> list[str]:
+    """Everything that is wrong with a finished corpus, file by file."""
+    return damaged(out, read_corpus(out)["files"])

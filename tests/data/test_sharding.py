@@ -1,0 +1,317 @@
+"""Shards: what NeMo reads, the same bytes after kills, and every kind of damage found."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from corpus_helpers import sentence, write_manifest
+
+from nemo_slam.data.bad_rows import DataError
+from nemo_slam.data.config import SpeechConfig, TextConfig
+from nemo_slam.data.shard_files import damaged_beside
+from nemo_slam.data.sharding import ShardSettings, make_shards, read_corpus, verify
+from nemo_slam.data.speech import SpeechStream
+from nemo_slam.data.text import TextStream
+from nemo_slam.data.token_shards import make_token_files
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = 200
+
+
+def noise(seconds: float, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-8000, 8000, round(16000 * seconds), dtype=np.int16)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """200 utterances of noise: 160 files, and 40 rows that are stretches of two long recordings."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "audio").mkdir()
+    rows = []
+    for i in range(ROWS - 40):
+        seconds = 0.3 + 0.01 * (i % 30)
+        suffix = "flac" if i % 3 else "wav"
+        soundfile.write(folder / f"audio/u.{i}.{suffix}", noise(seconds, i), 16000, subtype="PCM_16")
+        rows.append({"audio_filepath": f"audio/u.{i}.{suffix}", "duration": seconds, "text": f"row {i}", "speaker": i})
+    for long in range(2):
+        soundfile.write(folder / f"long-sub{long}.wav", noise(10, 1000 + long), 16000, subtype="PCM_16")
+        for i in range(20):
+            row = {"audio_filepath": f"long-sub{long}.wav", "duration": 0.4, "offset": 0.5 * i, "text": f"{long} {i}"}
+            rows.append(row)
+    write_manifest(folder / "manifest.json", rows)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that is part of the corpus, by name."""
+    names = read_corpus(folder)["files"]
+    return {name: (folder / name).read_bytes() for name in [*names, "shards.json", "plan.json"]}
+
+
+@pytest.fixture(scope="module")
+def shards(corpus, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "out"
+    made = make_shards([corpus / "manifest.json"], out, ShardSettings(7), workers=2)
+    assert (made["rows"], made["filtered"], made["bad"]) == (ROWS, 0, [])
+    return out
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_row_is_there_once_with_its_own_samples(corpus, shards):
+    """Against the source files, read by soundfile; members by tarfile, at the offsets of the index."""
+    source = {row["text"]: row for row in rows_of(corpus / "manifest.json")}
+    seen = []
+    for shard in range(7):
+        offsets = np.fromfile(shards / f"audio_{shard}.tar.idx", "<u8")
+        rows = rows_of(shards / "sharded_manifests" / f"manifest_{shard}.json")
+        assert len(rows) in (28, 29)
+        for row, offset in zip(rows, offsets[:-1], strict=True):
+            with open(shards / f"audio_{shard}.tar", "rb") as file:
+                file.seek(int(offset))
+                header = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "strict")
+                audio, rate = soundfile.read(io.BytesIO(file.read(header.size)), dtype="int16")
+            original = source[row["text"]]
+            start = round(16000 * original.get("offset", 0))
+            expected, _ = soundfile.read(corpus / original["audio_filepath"], dtype="int16")
+            assert np.array_equal(audio, expected[start : start + round(16000 * original["duration"])])
+            assert header.name == row["audio_filepath"]
+            assert header.name.count(".") == 1
+            assert "-sub" not in header.name
+            assert (row["shard_id"], rate, row.get("speaker")) == (shard, 16000, original.get("speaker"))
+            assert row.get("source_audio_offset") == original.get("offset")
+            seen.append(row["text"])
+    assert sorted(seen) == sorted(source)
+    assert seen != list(source)  # shuffled
+    assert rows_of(shards / "tarred_audio_manifest.json")[0]["shard_id"] == 0
+    assert [row["text"] for row in rows_of(shards / "tarred_audio_manifest.json")] == seen
+
+
+def test_our_stream_reads_them_as_it_reads_the_files(corpus, shards):
+    plain = SpeechStream(SpeechConfig([str(corpus / "manifest.json")], 2000), seed=0)
+    tarred = SpeechStream(
+        SpeechConfig(
+            [str(shards / "sharded_manifests" / "manifest__OP_0..6_CL_.json")],
+            2000,
+            tarred_audio_filepaths=[str(shards / "audio__OP_0..6_CL_.tar")],
+        ),
+        seed=0,
+    )
+
+    def fingerprints(stream: SpeechStream) -> list[tuple[int, float]]:
+        batch = stream.load(np.arange(ROWS), np.zeros(ROWS, np.int64))
+        assert len(batch) == ROWS
+        pairs = zip(batch.audio_lengths.tolist(), batch.audio.double().square().sum(1).tolist(), strict=True)
+        return sorted((length, round(energy, 6)) for length, energy in pairs)
+
+    assert fingerprints(plain) == fingerprints(tarred)
+
+
+def test_nemo_reads_them(corpus, shards):
+    from nemo.collections.common.data.lhotse.indexed_adapters import _load_index
+    from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoTarredIterator
+
+    cuts = list(
+        LazyNeMoTarredIterator(
+            str(shards / "sharded_manifests" / "manifest__OP_0..6_CL_.json"), str(shards / "audio__OP_0..6_CL_.tar")
+        )
+    )
+    source = {row["text"]: row for row in rows_of(corpus / "manifest.json")}
+    assert sorted(cut.supervisions[0].text for cut in cuts) == sorted(source)
+    for cut in cuts[::17]:
+        row = source[cut.supervisions[0].text]
+        expected, _ = soundfile.read(corpus / row["audio_filepath"], dtype="float32")
+        start = round(16000 * row.get("offset", 0))
+        wanted = torch.from_numpy(expected[start : start + round(16000 * row["duration"])])
+        assert torch.equal(torch.from_numpy(cut.load_audio()[0]), wanted)
+    offsets, count = _load_index(str(shards / "audio_0.tar"))
+    assert (count, offsets[-1]) == (28, (shards / "audio_0.tar").stat().st_size)
+
+
+def run_killed(command: list[str], after: float) -> int:
+    """Runs a command in a process group of its own that is killed after some seconds; its status."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    return process.returncode
+
+
+def test_killed_at_random_and_restarted_gives_the_same_bytes(corpus, shards, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "scripts/shard_data.py", "audio", str(corpus / "manifest.json")]
+    command += ["--out", str(out), "--shards", "7", "--workers", "1"]
+    generator, kills = random.Random(0), 0
+    while (status := run_killed(command, after=generator.uniform(0.3, 2.0) * (1 + kills / 4))) != 0:
+        assert status == -signal.SIGKILL
+        kills += 1
+        assert kills < 60
+    assert kills >= 1
+    assert contents(out) == contents(shards)
+    assert not list(out.rglob("*.part-*"))
+    assert verify(out) == []
+
+
+def test_a_shard_with_a_record_is_not_made_again(corpus, shards, tmp_path):
+    out = shutil.copytree(shards, tmp_path / "out")
+    (out / "shards.json").unlink()
+    (out / "audio_3.tar").unlink()
+    before = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
+    make_shards([corpus / "manifest.json"], out, ShardSettings(7), workers=1)
+    assert {path.name: path.stat().st_ino for path in out.glob("*.tar") if path.name != "audio_3.tar"} == before
+    assert contents(out) == contents(shards)
+    started = time.monotonic()
+    make_shards([corpus / "manifest.json"], out, ShardSettings(7), workers=1)
+    assert time.monotonic() - started < 1
+
+
+@pytest.mark.parametrize("name", ["audio_2.tar", "audio_2.tar.idx", "sharded_manifests/manifest_2.json"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_verify_names_a_damaged_file(shards, tmp_path, name, damage):
+    out = shutil.copytree(shards, tmp_path / "out")
+    path = out / name
+    blob = bytearray(path.read_bytes())
+    if damage == "flipped":
+        blob[len(blob) // 2] ^= 4
+    path.write_bytes(blob[:-7] if damage == "cut" else blob)
+    if damage == "missing":
+        path.unlink()
+    (problem,) = verify(out)
+    assert problem.startswith(f"{path}: ")
+
+
+def test_the_script_verifies(shards, tmp_path):
+    command = [sys.executable, "scripts/shard_data.py", "verify"]
+    assert "as it was written" in subprocess.run([*command, str(shards)], cwd=ROOT, capture_output=True).stdout.decode()
+    out = shutil.copytree(shards, tmp_path / "out")
+    (out / "audio_5.tar").write_bytes(bytes(10240))
+    result = subprocess.run([*command, str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"error: {out / 'audio_5.tar'}: 10240 bytes, written with" in result.stderr
+
+
+def test_bad_rows_are_listed_and_the_others_kept(tmp_path):
+    soundfile.write(tmp_path / "good.wav", noise(1, 0), 16000)
+    (tmp_path / "torn.wav").write_bytes(b"RIFF")
+    rows = [
+        {"audio_filepath": "good.wav", "duration": 1.0},
+        {"audio_filepath": "torn.wav", "duration": 1.0},
+        {"audio_filepath": "gone.wav", "duration": 1.0},
+        {"audio_filepath": "good.wav", "duration": 3.0},
+        {"audio_filepath": "good.wav", "duration": 9.0},
+        "{",
+    ]
+    manifest = write_manifest(tmp_path / "m.json", rows)
+    made = make_shards([manifest], tmp_path / "out", ShardSettings(2, max_duration=5.0), workers=1)
+    assert (made["rows"], made["filtered"]) == (1, 1)
+    assert sorted(bad["line"] for bad in made["bad"]) == [2, 3, 4, 6]
+    reasons = {bad["line"]: bad["reason"] for bad in made["bad"]}
+    assert "not readable as audio" in reasons[2]
+    assert "1.000 s long, the row ends at 3.000 s" in reasons[4]
+    assert verify(tmp_path / "out") == []
+
+
+def test_flac_for_all_is_the_same_sound(tmp_path):
+    soundfile.write(tmp_path / "a.wav", noise(1, 0), 16000, subtype="PCM_16")
+    manifest = write_manifest(tmp_path / "m.json", [{"audio_filepath": "a.wav", "duration": 1.0}])
+    make_shards([manifest], tmp_path / "out", ShardSettings(1, codec="flac"), workers=1)
+    with tarfile.open(tmp_path / "out/audio_0.tar") as tar:
+        (member,) = tar
+        audio, _ = soundfile.read(io.BytesIO(tar.extractfile(member).read()), dtype="int16")
+    assert member.name == "000000000_a.flac"
+    assert np.array_equal(audio, noise(1, 0))
+
+
+def test_other_settings_in_the_same_folder_are_refused(corpus, shards, tmp_path):
+    with pytest.raises(DataError, match="holds shards made otherwise: shards, codec changed"):
+        make_shards([corpus / "manifest.json"], shards, ShardSettings(8, codec="flac"), workers=1)
+    with pytest.raises(DataError, match="200 usable rows for 300 shards"):
+        make_shards([corpus / "manifest.json"], tmp_path / "out", ShardSettings(300), workers=1)
+    with pytest.raises(DataError, match="not finished"):
+        verify(tmp_path / "out")
+
+
+# ---- token files ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(tmp_path) -> list[Path]:
+    """Plain text with a byte-order mark, blank and undecodable lines and no last newline; JSON-lines."""
+    lines = [sentence(i, 1 + i % 30).encode() for i in range(900)]
+    lines[400:400] = [b"", b"\xff\xfe", b"\xe4\xb8\x80\xe4\xb8\x80"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
+    write_manifest(tmp_path / "b.jsonl", [*({"text": sentence(2000 + i, 5)} for i in range(300)), "{"])
+    return [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+
+
+def text_config(texts, cache) -> TextConfig:
+    return TextConfig([str(path) for path in texts], 100, max_tokens=24, min_tokens=3, cache_dir=str(cache))
+
+
+def test_token_files_are_those_of_training(texts, tokenizer, tmp_path):
+    alone = TextStream(text_config(texts, tmp_path / "alone"), tokenizer, seed=0).index
+    config = text_config(texts, tmp_path / "together")
+    (tmp_path / "together").mkdir()
+    index = make_token_files(config, tokenizer, tmp_path / "work", workers=1, piece_bytes=5000)
+    assert index.folder.name == alone.folder.name
+    names = sorted(path.name for path in alone.folder.iterdir())
+    assert "tokens.bin" in names
+    assert sorted(path.name for path in index.folder.iterdir()) == sorted([*names, "checksums.json"])
+    for name in names:
+        if name != "meta.json":  # its counts may be in another order
+            assert (index.folder / name).read_bytes() == (alone.folder / name).read_bytes(), name
+    assert index.meta == alone.meta
+    assert index.meta["bad"] == 3
+    assert not list((tmp_path / "work").iterdir())
+    opened = TextStream(config, tokenizer, seed=0)  # without building: the folder stays the same one
+    assert opened.index.folder == index.folder
+    assert damaged_beside(index.folder) == []
+
+    blob = bytearray((index.folder / "tokens.bin").read_bytes())
+    blob[1000] ^= 1
+    (index.folder / "tokens.bin").write_bytes(blob)
+    (problem,) = damaged_beside(index.folder)
+    assert "tokens.bin: corrupted" in problem
+
+
+def test_a_killed_tokenisation_keeps_its_pieces(texts, tokenizer, tmp_path, monkeypatch, caplog):
+    from nemo_slam.data import token_shards
+
+    (tmp_path / "cache").mkdir()
+    config, merge = text_config(texts, tmp_path / "cache"), token_shards._merge
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(token_shards, "_merge", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_token_files(config, tokenizer, tmp_path / "work", workers=1, piece_bytes=20_000)
+    pieces = sorted((tmp_path / "work").glob("*/0*"))
+    assert len(pieces) > 3
+    shutil.rmtree(pieces[1])
+    monkeypatch.setattr(token_shards, "_merge", merge)
+    with caplog.at_level("INFO"):
+        index = make_token_files(config, tokenizer, tmp_path / "work", workers=1, piece_bytes=20_000)
+    assert f"{len(pieces) - 1} of {len(pieces)} pieces are there already" in caplog.text
+    alone = TextStream(text_config(texts, tmp_path / "alone"), tokenizer, seed=0).index
+    assert index.meta == alone.meta
