@@ -42,6 +42,7 @@ def select(batch: StepBatch, keep: Mapping[str, Sequence[int]]) -> StepBatch:
             *audio(batch.pairs, p),
             *text(batch.pairs.tokens, batch.pairs.lengths, p),
             *text(batch.pairs.negative_tokens, batch.pairs.negative_lengths, p),
+            batch.pairs.text_classes[p],
             batch.pairs.ids[p],
             batch.pairs.epochs[p],
         ),

@@ -93,11 +93,12 @@ def make_batch():
         pair_waves, pair_lengths = audio([p[0] for p in pairs], g)
         own, own_lengths = tokens([p[1] for p in pairs], g)
         other, other_lengths = tokens([p[2] for p in pairs], g)
+        texts = own, own_lengths, other, other_lengths, torch.arange(len(pairs))
         return StepBatch(
             step=0,
             speech=SpeechBatch(waves, wave_lengths, **identity(len(speech))),
             text=TextBatch(ids, text_lengths, **identity(len(text))),
-            pairs=PairBatch(pair_waves, pair_lengths, own, own_lengths, other, other_lengths, **identity(len(pairs))),
+            pairs=PairBatch(pair_waves, pair_lengths, *texts, **identity(len(pairs))),
         )
 
     return build

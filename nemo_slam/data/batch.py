@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 # Lengths and identities are read on the CPU (the model plans its packed layout there, without a device sync).
-_CPU_FIELDS = frozenset({"audio_lengths", "lengths", "negative_lengths", "ids", "epochs"})
+_CPU_FIELDS = frozenset({"audio_lengths", "lengths", "negative_lengths", "text_classes", "ids", "epochs"})
 
 
 @dataclass
@@ -80,6 +80,7 @@ class PairBatch(_Tensors):
         - lengths: (B,) int64, in tokens
         - negative_tokens: (N',) int64 end to end, N' = negative_lengths.sum()
         - negative_lengths: (B,) int64, in tokens
+        - text_classes: (B,) int64, equal where two texts of the stream count as equal
         - ids, epochs: (B,) int64
     """
 
@@ -89,6 +90,7 @@ class PairBatch(_Tensors):
     lengths: torch.Tensor
     negative_tokens: torch.Tensor
     negative_lengths: torch.Tensor
+    text_classes: torch.Tensor
     ids: torch.Tensor
     epochs: torch.Tensor
 

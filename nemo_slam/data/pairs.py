@@ -100,6 +100,7 @@ class PairStream(Stream):
             lengths=lengths,
             negative_tokens=negative_tokens,
             negative_lengths=negative_lengths,
+            text_classes=torch.from_numpy(self.index.text_class[ids].astype(np.int64)),
             ids=torch.from_numpy(ids),
             epochs=torch.from_numpy(epochs),
         )

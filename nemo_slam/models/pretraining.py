@@ -73,6 +73,7 @@ def build_objectives(
                 width,
                 tlm_masking.speech_masking if masked and tlm_masking else None,
                 tlm_masking.token_masking if masked and tlm_masking else None,
+                chosen.matching.negatives,
             )
         )
     if chosen.ctc is not None:

@@ -15,7 +15,7 @@ from nemo_slam.modules.speech_encoder import SpeechEncoderConfig
 from nemo_slam.modules.text_encoder import TextEncoderConfig
 from nemo_slam.objectives.inputs import SpeechMasking, TokenMasking
 from nemo_slam.objectives.masked_speech import SpeechLossConfig
-from nemo_slam.objectives.matching import INPUTS
+from nemo_slam.objectives.matching import INPUTS, NEGATIVES
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,19 @@ class TranslationLMConfig:
 class MatchingConfig:
     """Attributes:
     input: ``unmasked`` (ALBEF) or ``masked``, as translation language modelling masks.
+    negatives: ``stream`` (the pair stream's, of fitting length) or ``in_batch``: the text of another pair of the
+        micro-batch, drawn by similarity (ALBEF); where there is none with another text, the stream's.
     """
 
     input: str = "unmasked"
+    negatives: str = "stream"
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
             raise ValueError(f"input: {self.input!r} is not one of {', '.join(INPUTS)}")
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"negatives: {self.negatives!r} is not one of {', '.join(NEGATIVES)}")
 
 
 @dataclass(frozen=True)

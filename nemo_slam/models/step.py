@@ -5,7 +5,7 @@ Shape legend: B utterances, T feature frames (padded input only), N packed rows,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +18,7 @@ from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective
+from nemo_slam.objectives.in_batch_negatives import ChosenTexts
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, TextInput
 from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack, ranges
 from nemo_slam.randomness import Randomness
@@ -45,6 +46,18 @@ class StepSettings:
 
 
 @dataclass
+class EncodedSpeech:
+    """What is known of a step before its texts are packed. *Shape:* contexts (N_s, D) in the speech layout."""
+
+    contexts: Tensor
+    packed_speech: PackedSequences
+    text_encoder: TextEncoder
+    batch: StepBatch
+    randomness: Randomness
+    settings: StepSettings
+
+
+@dataclass
 class StepOutputs:
     """Everything an objective may read.
 
@@ -56,6 +69,7 @@ class StepOutputs:
         tokens: uncorrupted token ids in the text layout (N_t,).
         hidden: output of the multimodal encoder (N, D).
         masked_speech, masked_text: by input name.
+        chosen_texts: negatives taken from the batch, by input name.
         optimizer_step: optimizer steps so far.
     """
 
@@ -75,6 +89,7 @@ class StepOutputs:
     optimizer_step: int
     masked_speech: dict[str, MaskedRows] = field(default_factory=dict)
     masked_text: dict[str, MaskedRows] = field(default_factory=dict)
+    chosen_texts: dict[str, ChosenTexts] = field(default_factory=dict)
 
     def rows(self, name: str, segment: str) -> np.ndarray:
         """Multimodal rows of a segment (``cls``, ``speech``, ``text``) of every sequence of an input, in batch
@@ -154,7 +169,9 @@ def run_step(
     rows, masked_speech = mask_speech(unmasked, speech_masks, randomness, settings.kernels, mask_vector)
     contexts, projected = encoders.speech_encoder(rows, packed_speech.layout)
 
-    source_tokens, packed_text = _pack_text(text_inputs, batch, device, settings)
+    encoded = EncodedSpeech(contexts, packed_speech, encoders.text_encoder, batch, randomness, settings)
+    chosen_texts = {name: c for objective in objectives for name, c in objective.choose_texts(encoded).items()}
+    source_tokens, packed_text = _pack_text(text_inputs, batch, device, settings, chosen_texts)
     tokens = torch.cat([source_tokens, source_tokens.new_zeros(1)]).index_select(0, packed_text.gather)
     text_masks = sample_masks(packed_text, text_inputs, batch, randomness, settings.kernels)
     corrupted, masked_text = mask_text(tokens, text_masks, randomness, settings.kernels, encoders.text_encoder)
@@ -185,6 +202,7 @@ def run_step(
         optimizer_step=optimizer_step,
         masked_speech=masked_speech,
         masked_text=masked_text,
+        chosen_texts=chosen_texts,
     )
 
 
@@ -203,7 +221,11 @@ def _pack_speech(
 
 
 def _pack_text(
-    inputs: Sequence[TextInput], batch: StepBatch, device: torch.device, settings: StepSettings
+    inputs: Sequence[TextInput],
+    batch: StepBatch,
+    device: torch.device,
+    settings: StepSettings,
+    chosen_texts: Mapping[str, ChosenTexts],
 ) -> tuple[Tensor, PackedSequences]:
     sources = {
         ("text", False): (batch.text.tokens, batch.text.lengths) if batch.text is not None else None,
@@ -217,9 +239,17 @@ def _pack_text(
         source = sources[request.stream, request.negative]
         assert source is not None, f"input {request.name} needs the stream {request.stream}"
         lengths = source[1].numpy()
-        kinds[request.name] = Segments((base + np.cumsum(lengths) - lengths)[:, None], lengths[:, None])
+        starts = base + np.cumsum(lengths) - lengths
         tokens.append(source[0])
-        base += int(lengths.sum())
+        base += len(source[0])
+        if request.name in chosen_texts:
+            assert batch.pairs is not None
+            own, index = batch.pairs.lengths.numpy(), chosen_texts[request.name].index
+            starts = np.where(index >= 0, (base + np.cumsum(own) - own)[index], starts)
+            lengths = np.where(index >= 0, own[index], lengths)
+            tokens.append(batch.pairs.tokens)
+            base += len(batch.pairs.tokens)
+        kinds[request.name] = Segments(starts[:, None], lengths[:, None])
     return torch.cat(tokens), pack(kinds, base, device, settings.multiple)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, TextInput
 
 if TYPE_CHECKING:
-    from nemo_slam.models.step import StepOutputs
+    from nemo_slam.models.step import EncodedSpeech, StepOutputs
+    from nemo_slam.objectives.in_batch_negatives import ChosenTexts
 
 
 @dataclass
@@ -76,6 +77,11 @@ class Objective(nn.Module):
     speech: tuple[SpeechInput, ...] = ()
     text: tuple[TextInput, ...] = ()
     multimodal: tuple[MultimodalInput, ...] = ()
+
+    def choose_texts(self, encoded: EncodedSpeech) -> dict[str, ChosenTexts]:
+        """Texts of the batch to take in the place of an input's negatives, by the input's name: asked once the speech
+        is encoded and before any text is."""
+        return {}
 
     def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
         raise NotImplementedError

@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
+from nemo_slam.objectives.in_batch_negatives import ChosenTexts, InBatchNegatives, mean_rows
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput, TokenMasking
 
 if TYPE_CHECKING:
-    from nemo_slam.models.step import StepOutputs
+    from nemo_slam.models.step import EncodedSpeech, StepOutputs
 
 INPUTS = ("unmasked", "masked")
+NEGATIVES = ("stream", "in_batch")
 
 
 class Matching(Objective):
@@ -22,6 +24,7 @@ class Matching(Objective):
 
     Args:
         speech_masking, token_masking: None for unmasked input.
+        negatives: ``stream`` or ``in_batch``, see :class:`~nemo_slam.models.settings.MatchingConfig`.
     """
 
     name = "matching"
@@ -29,10 +32,16 @@ class Matching(Objective):
     streams = ("pairs",)
 
     def __init__(
-        self, weight: float, d_model: int, speech_masking: SpeechMasking | None, token_masking: TokenMasking | None
+        self,
+        weight: float,
+        d_model: int,
+        speech_masking: SpeechMasking | None,
+        token_masking: TokenMasking | None,
+        negatives: str = "stream",
     ):
         super().__init__()
         self.weight = weight
+        self.in_batch = InBatchNegatives(d_model) if negatives == "in_batch" else None
         self.head = nn.Linear(d_model, 1)
         self.speech = (SpeechInput(self.name, "pairs", speech_masking, draw=1),)
         self.text = (
@@ -43,6 +52,27 @@ class Matching(Objective):
             MultimodalInput(self.name, cls=True, speech=self.name, text=self.name),
             MultimodalInput(self.negative, cls=True, speech=self.name, text=self.negative),
         )
+
+    def choose_texts(self, encoded: EncodedSpeech) -> dict[str, ChosenTexts]:
+        if self.in_batch is None:
+            return {}
+        pairs, device = encoded.batch.pairs, encoded.contexts.device
+        assert pairs is not None
+        rows = torch.as_tensor(encoded.packed_speech.rows_of(self.name, 0)).to(device)
+        frames = encoded.packed_speech.lengths[self.name][:, 0]
+        with torch.no_grad():
+            speech = mean_rows(encoded.contexts.index_select(0, rows), frames)
+            text = mean_rows(encoded.text_encoder.embedding(pairs.tokens), pairs.lengths.numpy())
+        chosen = self.in_batch(
+            speech,
+            text,
+            pairs.text_classes.numpy(),
+            pairs.ids,
+            pairs.epochs,
+            key=encoded.randomness.key("in_batch_negatives"),
+            backend=encoded.settings.kernels,
+        )
+        return {self.negative: chosen}
 
     def scores(self, outputs: StepOutputs, name: str) -> torch.Tensor:
         """(S,) logits that the text belongs to the speech, for the sequences of an input in batch order."""
@@ -55,6 +85,9 @@ class Matching(Objective):
         loss = F.softplus(-true).sum() + F.softplus(false).sum()
         total = count(true.numel() + false.numel(), loss)
         correct = (true > 0).sum() + (false < 0).sum()
-        return ObjectiveOutput(
+        result = ObjectiveOutput(
             [Loss(self.name, loss, total, self.weight)], [Metric(f"{self.name}/accuracy", correct, total)]
         )
+        if self.in_batch is not None:
+            result.extend(self.in_batch.losses(outputs.chosen_texts[self.negative], self.name, self.weight))
+        return result

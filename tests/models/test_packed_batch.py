@@ -180,7 +180,7 @@ def test_two_inputs_of_one_example_are_filled_with_other_words(model_config, mak
     assert (first != second).double().mean() > 0.99
 
     text = [request for objective in model.objectives.values() for request in objective.text]
-    _, packed = steps._pack_text(text, batch, torch.device("cpu"), SETTINGS)
+    _, packed = steps._pack_text(text, batch, torch.device("cpu"), SETTINGS, {})
     tokens = torch.zeros(packed.layout.num_rows, dtype=torch.int64)
     found = filled(
         packed, text, batch, lambda masks: masking.mask_text(tokens, masks, Randomness(0), "torch", model.text_encoder)

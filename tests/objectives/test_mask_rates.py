@@ -33,7 +33,9 @@ def speech_masks(length, probability, count=COUNT, stream="speech"):
     batch = StepBatch(
         0,
         speech=SpeechBatch(*none, **identity(len(lengths))) if stream == "speech" else None,
-        pairs=PairBatch(*none, *nothing, **identity(len(lengths))) if stream == "pairs" else None,
+        pairs=PairBatch(*none, *nothing, torch.arange(len(lengths)), **identity(len(lengths)))
+        if stream == "pairs"
+        else None,
     )
     inputs = [
         SpeechInput("masked", stream, SpeechMasking(probability)),
@@ -88,12 +90,12 @@ def text_masks(length, rate, count=COUNT, stream="text"):
     batch = StepBatch(
         0,
         text=TextBatch(tokens, lengths, **identity(len(lengths))) if stream == "text" else None,
-        pairs=PairBatch(*audio, tokens, lengths, tokens, lengths, **identity(len(lengths)))
+        pairs=PairBatch(*audio, tokens, lengths, tokens, lengths, torch.arange(len(lengths)), **identity(len(lengths)))
         if stream == "pairs"
         else None,
     )
     inputs = [TextInput("masked", stream, TokenMasking(rate)), TextInput("plain", stream)]
-    _, packed = steps._pack_text(inputs, batch, torch.device("cpu"), SETTINGS)
+    _, packed = steps._pack_text(inputs, batch, torch.device("cpu"), SETTINGS, {})
     masks = masking.sample_masks(packed, inputs, batch, Randomness(5), "torch")
     mask = masks.union()[0].numpy()
     assert not mask[packed.rows_of("plain", 0)].any()
@@ -131,7 +133,7 @@ def test_masks_of_another_epoch_and_another_seed_differ():
     inputs = [TextInput("masked", "text", TokenMasking(0.15))]
     masks = []
     for seed, part in ((5, batch[0]), (5, batch[1]), (6, batch[0]), (5, batch[0])):
-        _, packed = steps._pack_text(inputs, part, torch.device("cpu"), SETTINGS)
+        _, packed = steps._pack_text(inputs, part, torch.device("cpu"), SETTINGS, {})
         masks.append(masking.sample_masks(packed, inputs, part, Randomness(seed), "torch").masks[0])
     assert torch.equal(masks[0], masks[3])
     assert not torch.equal(masks[0], masks[1])
