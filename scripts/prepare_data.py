@@ -3,6 +3,9 @@
     python scripts/prepare_data.py prompts            # human-read telephone prompts, en/es/fr, from Debian packages
     python scripts/prepare_data.py mini_librispeech   # through lhotse; needs internet
     python scripts/prepare_data.py synthetic          # eSpeak NG reading text; marked as synthetic everywhere
+    python scripts/prepare_data.py librispeech --source /data/LibriSpeech   # and libri_light, librispeech_lm, mc4,
+                                                                            # covost2: from folders that are here
+    python scripts/prepare_data.py lhotse --recordings R.jsonl.gz --supervisions S.jsonl.gz   # what lhotse prepared
     python scripts/prepare_data.py oracle_language    # chords for words, to prove cross-modal learning
 
 Calling it again returns at once; a killed preparation starts over and trusts nothing half-written.
@@ -35,6 +38,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     oracle.add_argument("--sequences", type=int, help="how many; default: 8000")
     for corpus in (prompts, synthetic):
         corpus.add_argument("--languages", nargs="+", choices=("en", "es", "fr"), help="default: all three")
+
+    here = {
+        "librispeech": add("librispeech", "LibriSpeech, 960 hours: the folder of OpenSLR 12"),
+        "libri_light": add("libri_light", "Libri-light: the folder with small, medium or large"),
+        "librispeech_lm": add("librispeech_lm", "text: librispeech-lm-norm.txt.gz of OpenSLR 11, or its folder"),
+        "mc4": add("mc4", "text: a folder of mC4's JSON-lines"),
+        "covost2": add("covost2", "CoVoST 2: Common Voice 4.0 with a folder a language, and covost_v2.en_de.tsv, ..."),
+    }
+    for corpus in here.values():
+        corpus.add_argument("--source", type=Path, required=True, help="what is here already")
+    here["libri_light"].add_argument("--max-seconds", type=float, help="of a row; default: 30")
+    here["covost2"].add_argument("--translations", type=Path, help="folder of covost_v2.*.tsv; default: --source")
+    here["covost2"].add_argument("--pairs", nargs="+", help="as en_de; default: the paper's, en_de en_ca en_ar en_tr")
+    lhotse = add("lhotse", "a part of any corpus that `lhotse prepare` has written")
+    lhotse.add_argument("--recordings", type=Path, required=True, help="*_recordings_*.jsonl.gz")
+    lhotse.add_argument("--supervisions", type=Path, required=True, help="*_supervisions_*.jsonl.gz")
+    lhotse.add_argument("--part", default="train", help="names the manifest; default: %(default)s")
+    lhotse.add_argument("--lang", help="the rows' language; default: the supervisions' own")
+    lhotse.add_argument("--lower", action="store_true", help="write the texts in lower case")
     return parser.parse_args(arguments)
 
 

@@ -3,7 +3,8 @@
 >>> from nemo_slam.data.corpora import prepare
 >>> root = prepare("prompts", "data/prompts")          # doctest: +SKIP
 
-One file a corpus; `layout.py` writes what they share (manifests, text, `corpus.json`).
+One file a corpus; `layout.py` writes what the small ones share (manifests, text, `corpus.json`), `parts.py` that of the
+large ones, whose audio stays where it is.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 
-# name -> module of this package that defines prepare(root, **options) -> Path
+# name -> module of this package, and its function (root, **options) -> Path
 RECIPES = {
-    "prompts": "prompts",
-    "mini_librispeech": "mini_librispeech",
-    "synthetic": "synthetic",
-    "oracle_language": "oracle_language",
+    "prompts": ("prompts", "prepare"),
+    "mini_librispeech": ("mini_librispeech", "prepare"),
+    "synthetic": ("synthetic", "prepare"),
+    "oracle_language": ("oracle_language", "prepare"),
+    "librispeech": ("librispeech", "prepare"),
+    "libri_light": ("libri_light", "prepare"),
+    "librispeech_lm": ("text_corpora", "prepare_librispeech_lm"),
+    "mc4": ("text_corpora", "prepare_mc4"),
+    "covost2": ("covost2", "prepare"),
+    "lhotse": ("from_lhotse", "prepare"),
 }
 
 
@@ -29,7 +36,7 @@ def prepare(name: str, root: str | Path, **options) -> Path:
         options: the recipe's own options (``languages`` for ``prompts``, ...).
 
     Returns:
-        ``root`` as a path, holding ``corpus.json``, ``manifests/`` and ``text/``.
+        ``root`` as a path, holding ``corpus.json``, and ``manifests/`` and ``text/`` where it has such.
 
     Raises:
         ValueError: unknown name.
@@ -37,4 +44,5 @@ def prepare(name: str, root: str | Path, **options) -> Path:
     """
     if name not in RECIPES:
         raise ValueError(f"unknown corpus {name!r}: expected one of {', '.join(RECIPES)}")
-    return import_module(f"{__name__}.{RECIPES[name]}").prepare(Path(root), **options)
+    module, function = RECIPES[name]
+    return getattr(import_module(f"{__name__}.{module}"), function)(Path(root), **options)

@@ -1,0 +1,104 @@
+"""Libri-light: 60,000 hours of untranscribed English audiobooks, from a folder that is here already.
+
+lhotse reads each recording and its voice activity; adjacent stretches of speech are joined to what one row can hold.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from nemo_slam.data.corpora.files import CorpusError
+from nemo_slam.data.corpora.layout import prepare_once
+from nemo_slam.data.corpora.parts import Row, in_threads, need_folder, write_parts
+
+VERSION = 1
+PARTS = ("small", "medium", "large")
+MOST_SECONDS = 30.0
+LONGEST_GAP = 1.0
+LICENCE = "public domain (LibriVox); Kahn et al., 2020"
+
+
+def prepare(root: Path, source: Path, max_seconds: float | None = None) -> Path:
+    """Writes ``train`` (everything) and a manifest a part, rows with ``offset`` and ``duration``, without text.
+
+    Args:
+        root: the corpus folder; the audio stays where it is.
+        source: the folder that holds some of ``small``, ``medium`` and ``large``.
+        max_seconds: of a row; None: 30, or what a finished corpus has.
+
+    Raises:
+        CorpusError: ``source`` holds none of them; ``root`` holds another corpus.
+    """
+    need_folder(source, "the folder that holds Libri-light's small, medium or large")
+    present = [part for part in PARTS if (source / part).is_dir()]
+    if not present:
+        raise CorpusError(f"{source}: none of {', '.join(PARTS)} is there; expected Libri-light's folder (--source)")
+    if max_seconds is not None and not 1 <= max_seconds <= 600:
+        raise CorpusError(f"--max-seconds {max_seconds:g}: expected 1 to 600")
+    request = {"source": str(source.resolve()), "parts": present, "max_seconds": max_seconds, "version": VERSION}
+
+    def build() -> None:
+        seconds = max_seconds or MOST_SECONDS
+        about = {
+            "name": "libri_light",
+            "request": {**request, "max_seconds": seconds},
+            "licences": {"speech": LICENCE},
+        }
+        left_out: Counter[str] = Counter()
+        write_parts(root, about, _rows(source, present, seconds, left_out), left_out=left_out)
+
+    return prepare_once(root, "libri_light", request, build)
+
+
+def _rows(
+    source: Path, present: list[str], seconds: float, left_out: Counter[str]
+) -> Iterator[tuple[tuple[str, ...], Row]]:
+    # lhotse's prepare_librilight holds all recordings and stretches at once: for 60,000 hours that is more than most
+    # machines have.
+    from lhotse.recipes.librilight import _parse_utterance
+
+    def read(path: Path):
+        try:
+            return path, _parse_utterance(source, path)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            return path, error
+
+    for part in present:
+        for path, found in in_threads(read, sorted((source / part).rglob("*.flac"))):
+            if found is None or isinstance(found, Exception):
+                left_out[f"recording or its JSON cannot be read ({type(found).__name__})"] += 1
+                continue
+            recording, segments = found
+            stretches = [(segment.start, min(segment.end, recording.duration)) for segment in segments]
+            for start, end in windows(stretches, seconds):
+                row = {"audio_filepath": str(path.resolve()), "offset": start, "duration": end - start, "lang": "en"}
+                yield ("train", part), {**row, "speaker": segments[0].speaker, "id": recording.id}
+
+
+def windows(stretches: Sequence[tuple[float, float]], seconds: float) -> Iterator[tuple[float, float]]:
+    """Joins neighbouring stretches (start, end) to at most ``seconds``, and cuts longer ones evenly.
+
+    >>> list(windows([(0.0, 4.0), (4.5, 9.0), (12.0, 33.0)], 10.0))
+    [(0.0, 9.0), (12.0, 19.0), (19.0, 26.0), (26.0, 33.0)]
+    """
+    begin = end = None
+    for start, stop in sorted(stretches):
+        if stop <= start:
+            continue
+        if begin is not None and stop - begin <= seconds and start - end <= LONGEST_GAP:
+            end = stop
+            continue
+        if begin is not None:
+            yield from _cut(begin, end, seconds)
+        begin, end = start, stop
+    if begin is not None:
+        yield from _cut(begin, end, seconds)
+
+
+def _cut(start: float, end: float, seconds: float) -> Iterator[tuple[float, float]]:
+    pieces = max(1, -(-round((end - start) * 1000) // round(seconds * 1000)))
+    edges = [round(start + (end - start) * k / pieces, 3) for k in range(pieces + 1)]
+    yield from pairwise(edges)

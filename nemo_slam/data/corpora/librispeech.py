@@ -1,0 +1,69 @@
+"""LibriSpeech (OpenSLR 12), 960 hours of read English, from a folder that is here already, through lhotse."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from nemo_slam.data.corpora.files import CorpusError
+from nemo_slam.data.corpora.layout import prepare_once
+from nemo_slam.data.corpora.normalise import normalise
+from nemo_slam.data.corpora.parts import Row, logger, need_folder, write_parts
+
+VERSION = 1
+TRAIN = ("train-clean-100", "train-clean-360", "train-other-500")
+PARTS = (*TRAIN, "dev-clean", "dev-other", "test-clean", "test-other")
+LICENCE = "CC-BY-4.0, Vassil Panayotov, Guoguo Chen, Daniel Povey, Sanjeev Khudanpur; OpenSLR 12"
+
+
+def prepare(root: Path, source: Path) -> Path:
+    """Writes a manifest a part (``train_clean_100``, ...), ``train`` (all training parts) and ``dev`` (both).
+
+    Args:
+        root: the corpus folder; the audio stays where it is.
+        source: the `LibriSpeech` folder, with some of PARTS in it. Those that are missing are named.
+
+    Raises:
+        CorpusError: ``source`` holds none of them, or no training part; ``root`` holds another corpus.
+    """
+    need_folder(source, "the LibriSpeech folder of OpenSLR 12")
+    present = [part for part in PARTS if (source / part).is_dir()]
+    if not set(TRAIN) & set(present):
+        raise CorpusError(f"{source}: none of {', '.join(TRAIN)} is there; expected the LibriSpeech folder (--source)")
+    request = {"source": str(source.resolve()), "parts": present, "version": VERSION}
+    return prepare_once(root, "librispeech", request, lambda: _build(root, source, present, request))
+
+
+def _build(root: Path, source: Path, present: list[str], request: dict) -> None:
+    if missing := [part for part in PARTS if part not in present]:
+        logger.warning("%s lacks %s: the manifests do too", source, ", ".join(missing))
+    left_out: Counter[str] = Counter()
+    about = {"name": "librispeech", "request": request, "licences": {"speech and text": LICENCE}}
+    write_parts(root, about, _rows(source, present, left_out), left_out=left_out)
+
+
+def _rows(source: Path, present: list[str], left_out: Counter[str]) -> Iterator[tuple[tuple[str, ...], Row]]:
+    from lhotse.recipes import prepare_librispeech
+
+    for part in present:
+        found = prepare_librispeech(source, dataset_parts=[part], num_jobs=os.cpu_count() or 1)[part]
+        names = (part.replace("-", "_"), *(group for group in ("train", "dev") if part.startswith(group)))
+        for segment in sorted(found["supervisions"], key=lambda segment: segment.id):
+            text = normalise(segment.text, "en")
+            if text is None:
+                left_out["no words, or digits"] += 1
+                continue
+            recording = found["recordings"][segment.recording_id]
+            yield (
+                names,
+                {
+                    "audio_filepath": str(Path(recording.sources[0].source).resolve()),
+                    "duration": recording.duration,
+                    "text": text,
+                    "lang": "en",
+                    "speaker": segment.speaker,
+                    "id": segment.id,
+                },
+            )
