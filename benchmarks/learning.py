@@ -122,7 +122,7 @@ def oracle_figures(folder: Path) -> dict[str, float]:
     for negatives in ("nearest", "rotated"):
         node = {**cfg["data"]["validation_ds"]["pairs"], "negatives": negatives}
         node["manifest_filepath"] = node["manifest_filepath"].replace("_dev", "_test")
-        streams = build_streams({"pairs": node}, seed=0, tokenizer=model.tokenizer_model, split="test")
+        streams = build_streams({"pairs": node}, seed=0, tokenizer=cfg["data"]["tokenizer"]["model_path"], split="test")
         accumulator = MetricAccumulator()
         for batch in ValidationDataset(streams):
             outputs = model(batch)
