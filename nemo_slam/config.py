@@ -1,4 +1,7 @@
-"""Config nodes to dataclasses: every key is read or refused."""
+"""Config nodes to dataclasses: every key is read or refused, with the nearest one that exists.
+
+Imports nothing but the standard library, so that a misspelt key is reported at once.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +9,87 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def unknown_key(key: str, valid: typing.Iterable[str], where: str) -> ValueError:
-    """The error for a key that nothing reads, with the nearest one that is read."""
-    near = difflib.get_close_matches(key, list(valid), n=1)
+class ConfigError(ValueError):
+    """A config node has an unknown, missing or unusable key."""
+
+
+def unknown_key(key: str, valid: Iterable[str], where: str) -> ConfigError:
+    """The error for a key that nothing reads, with the nearest one that is read.
+
+    >>> print(unknown_key("sead", ["seed", "name"], "config"))
+    config: unknown key 'sead'; did you mean 'seed'? (known: name, seed)
+    """
+    known = sorted(valid)
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{where}: unknown key {key!r}{hint} (known: {', '.join(sorted(valid))})")
+    return ConfigError(f"{where}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+
+
+def check_keys(node: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    """Refuse a node that is no group of keys, or has one that is not valid."""
+    known = list(valid)
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where} must be a mapping of keys to values (known: {', '.join(known)}), got {node!r}")
+    for key in node:
+        if key not in known:
+            raise unknown_key(str(key), known, where)
 
 
 def parse(cls: type[T], node: Mapping[str, Any] | None, where: str) -> T:
     """Build a dataclass from a config node, nested dataclasses included.
 
     Args:
-        cls: the dataclass.
+        cls: the dataclass. Its fields are str, bool, int, float, list[str] (a single string will do), dataclasses, or
+            one of these or None; what must hold between them its ``__post_init__`` checks, with a ValueError.
         node: a mapping or OmegaConf node; None means all defaults.
         where: the node's path in the config, for errors.
 
     Raises:
-        ValueError: a key that the dataclass lacks, a missing key without a default, or a value that its field's type
-        refuses.
+        ConfigError: a key that the dataclass lacks, a missing key without a default, or a value that its field's type
+            refuses.
     """
-    if node is None:
-        node = {}
-    if not isinstance(node, Mapping) and not hasattr(node, "items"):
-        raise ValueError(f"{where}: expected a group of keys, got {node!r}")
-    types = typing.get_type_hints(cls)
+    node = {} if node is None else node
+    hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in node.items():
-        if key not in fields:
-            raise unknown_key(str(key), fields, where)
-        values[key] = _convert(types[key], value, f"{where}.{key}")
+    check_keys(node, fields, where)
+    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in node.items()}
     for name, field in fields.items():
         if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}: the key {name!r} is missing")
+            raise ConfigError(f"{where} lacks the key {name!r}")
     try:
         return cls(**values)
+    except ConfigError:
+        raise
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _convert(annotation: Any, value: Any, where: str) -> Any:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value is None and type(None) in options:
         return None
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     for option in options:
         if dataclasses.is_dataclass(option):
             return parse(option, value, where)  # type: ignore[arg-type]
-        if option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if option is float and number:
             return float(value)
-        if option is int and isinstance(value, int) and not isinstance(value, bool):
-            return value
+        if option is int and number and float(value).is_integer():
+            return int(value)
         if option in (str, bool) and isinstance(value, option):
             return value
-    raise ValueError(f"{where}: expected {getattr(annotation, '__name__', annotation)}, got {value!r}")
+        if typing.get_origin(option) is list:
+            strings = [value] if isinstance(value, str) else value
+            if isinstance(strings, typing.Sequence) and strings and all(isinstance(s, str) and s for s in strings):
+                return list(strings)
+    wanted = " or ".join(_NAMES.get(o, "a text or a list of them") for o in options)
+    raise ConfigError(f"{where} must be {wanted}, got {value!r}")
+
+
+_NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}

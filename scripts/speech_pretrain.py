@@ -8,12 +8,16 @@ The run folder is exp_manager.exp_dir/name; the same command again resumes there
 config.
 """
 
-import hydra
+from pathlib import Path
+
 from omegaconf import DictConfig
 
+from nemo_slam import command_line
 
-@hydra.main(config_path="../conf", config_name="slam_stage1", version_base="1.3")
+
+@command_line.main(str(Path(__file__).resolve().parents[1] / "conf"), "slam_stage1")
 def main(cfg: DictConfig) -> None:
+    command_line.check_run_keys(cfg)
     from nemo_slam.training.pretrain import pretrain
 
     pretrain(cfg)

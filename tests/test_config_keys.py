@@ -92,7 +92,7 @@ def test_stream_keys(stage):
         assert stage.model[split] == stage.data[split]
         for stream in stage.data[split]:
             wrong = OmegaConf.merge(stage.data[split], {stream: {"mispelt": 1}})
-            with pytest.raises(ConfigError, match=f"mispelt.*{split}.{stream}"):
+            with pytest.raises(ConfigError, match=rf"{split}\.{stream}: unknown key 'mispelt'"):
                 parse_streams(wrong, split)
 
 

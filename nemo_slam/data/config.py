@@ -1,20 +1,16 @@
-"""The streams' configuration: small dataclasses that refuse what they do not know.
-
-Imports nothing but the standard library, so that a misspelt key is reported at once.
-"""
+"""The streams' configuration. Imports nothing but the standard library, as :mod:`nemo_slam.config`."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from nemo_slam.config import ConfigError, check_keys, parse
+
+__all__ = ["STREAMS", "ConfigError", "PairsConfig", "SpeechConfig", "TextConfig", "parse_stream", "parse_streams"]
+
 NEGATIVES = ("nearest", "rotated", "random", "mixed")
-
-
-class ConfigError(ValueError):
-    """A configuration node has an unknown, missing or unusable key."""
 
 
 @dataclass(frozen=True)
@@ -88,44 +84,31 @@ class PairsConfig:
 
 
 STREAMS = {"speech": SpeechConfig, "text": TextConfig, "pairs": PairsConfig}
-_PATH_LISTS = ("manifest_filepath", "text_filepath", "tarred_audio_filepaths")
-_AT_LEAST = {"frames_per_step": 1, "tokens_per_step": 1, "max_tokens": 1, "min_tokens": 1, "window": 1, "neighbours": 1}
+_AT_LEAST_ONE = ("frames_per_step", "tokens_per_step", "max_tokens", "min_tokens", "window", "neighbours")
 
 Config = TypeVar("Config", SpeechConfig, TextConfig, PairsConfig)
-
-
-def unknown_key(key: str, known: Sequence[str], where: str) -> ConfigError:
-    """The error for a key that nothing reads, with the closest one that exists."""
-    close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return ConfigError(f"unknown key {key!r} in {where}{hint} (known: {', '.join(known)})")
 
 
 def parse_stream(cls: type[Config], node: Mapping[str, Any], where: str) -> Config:
     """Builds a stream's configuration from a plain dict or an OmegaConf node.
 
     Args:
-        cls: one of the dataclasses above.
+        cls: one of the dataclasses above, or another with fields of these names.
         node: the keys and values.
         where: the node's place in the configuration, for messages, such as `train_ds.speech`.
     """
-    if not isinstance(node, Mapping):
-        raise ConfigError(f"{where} must be a mapping of keys to values, got {node!r}")
-    known = {f.name: f for f in fields(cls)}
-    for key in node:
-        if key not in known:
-            raise unknown_key(key, list(known), where)
-    for name, field in known.items():
-        if field.default is MISSING and node.get(name) is None:
-            raise ConfigError(f"{where} lacks the key {name!r}")
-    values = {key: _checked(str(known[key].type), key, node[key], where) for key in node}
-    config = cls(**values)
+    if node is None:
+        raise ConfigError(f"{where} must be a mapping of keys to values, got None")
+    config = parse(cls, node, where)
     _check_limits(config, where)
     return config
 
 
 def _check_limits(config: Any, where: str) -> None:
-    """What must hold between values."""
+    """What must hold of values and between them."""
+    for key in _AT_LEAST_ONE:
+        if getattr(config, key, 1) < 1:
+            raise ConfigError(f"{where}.{key} must be a whole number of at least 1, got {getattr(config, key)}")
     if hasattr(config, "max_duration") and not 0 <= config.min_duration <= config.max_duration:
         raise ConfigError(
             f"{where}: min_duration ({config.min_duration}) must lie between 0 and max_duration ({config.max_duration})"
@@ -142,34 +125,10 @@ def parse_streams(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     >>> parse_streams({"text": {"text_filepath": "a.txt", "tokens_per_step": 8}}, "train_ds")["text"].text_filepath
     ['a.txt']
     """
-    if not isinstance(node, Mapping):
-        raise ConfigError(f"{where} must name at least one of the streams {', '.join(STREAMS)}, got {node!r}")
-    for key in node:
-        if key not in STREAMS:
-            raise unknown_key(key, list(STREAMS), where)
+    check_keys(node, STREAMS, where)
     parsed = {
         key: parse_stream(STREAMS[key], node[key], f"{where}.{key}") for key in STREAMS if node.get(key) is not None
     }
     if not parsed:
         raise ConfigError(f"{where} names no stream: give at least one of {', '.join(STREAMS)}")
     return parsed
-
-
-def _checked(kind: str, key: str, value: Any, where: str) -> Any:
-    """The value as its field's type, or an error that names the key."""
-    if value is None and "None" in kind:
-        return None
-    if key in _PATH_LISTS:
-        paths = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
-        if not paths or not all(isinstance(p, str) and p for p in paths):
-            raise ConfigError(f"{where}.{key} must be a path or a list of paths, got {value!r}")
-        return paths
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "int" and number and float(value).is_integer() and value >= _AT_LEAST[key]:
-        return int(value)
-    if kind == "float" and number:
-        return float(value)
-    if kind.startswith("str") and isinstance(value, str):
-        return value
-    wanted = {"int": f"a whole number of at least {_AT_LEAST.get(key)}", "float": "a number"}.get(kind, "text")
-    raise ConfigError(f"{where}.{key} must be {wanted}, got {value!r}")

@@ -1,0 +1,104 @@
+"""A misspelt override or a key that nothing reads is refused at once, with the nearest key."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from nemo_slam.command_line import RUN_KEYS, check_run_keys
+from nemo_slam.config import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+
+
+def pretrain(*overrides: str) -> tuple[int, str, float]:
+    """Exit status, what was said and processor seconds of the script."""
+    env = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    before = os.times()
+    result = subprocess.run(
+        [sys.executable, "scripts/speech_pretrain.py", *overrides], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return result.returncode, result.stdout + result.stderr, seconds
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_step=5", "trainer: unknown key 'max_step'; did you mean 'max_steps'?"),
+        ("model.optim.lrr=1", "model.optim: unknown key 'lrr'; did you mean 'lr'?"),
+        ("sead=1", "unknown key 'sead'; did you mean 'seed'?"),
+        ("data.train_ds.speach.window=1", "data.train_ds: unknown key 'speach'; did you mean 'speech'?"),
+        ("+checkpoint.every_n_step=1", "checkpoint: unknown key 'every_n_step'; did you mean 'every_n_steps'?"),
+        ("+data.x=1", "data: unknown key 'x' (known: num_workers,"),
+        ("+x=1", "the top level of the config: unknown key 'x' (known: checkpoint,"),
+        ("checkpoint=5", "checkpoint must be a group of keys (every_n_steps, keep_last), got 5"),
+        ("model=tinny", "Could not find 'model/tinny'"),
+    ],
+)
+def test_refused_in_a_second_without_a_traceback(override, message):
+    status, said, seconds = pretrain(override)
+    assert status == 1
+    assert said.startswith("error: ")
+    assert message in said
+    assert "Traceback" not in said
+    assert seconds < 2.5
+
+
+def composed(config: str, *overrides: str):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(config, overrides=list(overrides))
+
+
+CONFIGS = [path.stem for path in CONF.glob("*.yaml")]
+DATA = [path.stem for path in (CONF / "data").glob("*.yaml")]
+
+
+@pytest.mark.parametrize(("config", "data"), list(itertools.product(CONFIGS, DATA)))
+def test_every_config_passes(config, data):
+    check_run_keys(composed(config, f"data={data}"))
+
+
+def test_the_known_keys_are_those_of_the_configs():
+    """None is known that no config has: what nothing offers, nothing reads."""
+    cfg = composed("slam_stage1")
+    for where, keys in RUN_KEYS.items():
+        node = cfg
+        for part in filter(None, where.split(".")):
+            node = node[part]
+        assert set(keys) == set(node) - {"hydra"}, where
+
+
+@pytest.mark.parametrize("override", ["+guard.histori=3", "+exp_manager.exp_dri=3", "+data.validation_ds.texts={}"])
+def test_refused_in_any_group(override):
+    with pytest.raises(ConfigError, match="did you mean"):
+        check_run_keys(composed("slam_stage2", override))
+
+
+def test_a_key_that_others_are_built_from_is_read():
+    corpus = "+data.corpus=/data/x"
+    with pytest.raises(ConfigError, match="unknown key 'corpus'"):
+        check_run_keys(composed("slam_stage1", corpus))
+    check_run_keys(composed("slam_stage1", corpus, "data.root=${data.corpus}/prepared"))
+
+
+def test_errors_of_the_run_keep_their_traceback(tmp_path):
+    """Only a config's fault is a single line."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from nemo_slam import command_line\n"
+        f"@command_line.main({str(CONF)!r}, 'slam_stage1')\n"
+        "def main(cfg):\n"
+        "    raise RuntimeError('a fault of ours')\n"
+        "main()\n"
+    )
+    result = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "RuntimeError: a fault of ours" in result.stderr
