@@ -12,6 +12,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from nemo_slam import apex_package
+
 MODULE = "nemo.core.classes.common"
 PREFIX = "nemo_slam."
 
@@ -35,6 +37,7 @@ class _Finder:
         if name != MODULE:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
+        apex_package.refuse_other()
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec

@@ -101,6 +101,9 @@ def test_optimizer_and_schedule_keys(stage):
     from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
+    from nemo_slam.training.optimizers import register
+
+    register()
     optim = stage.model.optim
     assert set(optim) - {"name", "sched"} <= parameters(AVAILABLE_OPTIMIZERS[optim.name].__init__)
     schedule = AVAILABLE_SCHEDULERS[optim.sched.name]

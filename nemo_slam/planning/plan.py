@@ -11,7 +11,7 @@ from nemo_slam.planning.network import Network, parameters
 from nemo_slam.planning.operations import PRECISIONS, Precision, Tally
 from nemo_slam.planning.workload import MicroBatch, TypicalLengths, micro_batch
 
-OPTIMIZER_VALUES = {"adam": 2, "adamw": 2, "fused_adam": 2}
+OPTIMIZER_VALUES = {"adam": 2, "adamw": 2, "fused_adam": 2, "auto": 2}
 """Values of state for each parameter."""
 INPUT_BYTES_PER_FRAME = 160 * 4 + 2 * 80 * 4
 """Audio, and log-mel twice: padded, and laid end to end."""

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_slam.config import parse
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.loader import build_streams
 from nemo_slam.data.pairs import PairStream
@@ -20,6 +21,7 @@ from nemo_slam.data.stream import Stream
 from nemo_slam.data.text import TextStream
 from nemo_slam.evaluation.probes import Probes
 from nemo_slam.models.pretraining import SLAMPretrainingModel
+from nemo_slam.training.agreement import Agreement, facts
 from nemo_slam.training.checkpoints import (
     StepCheckpoint,
     checkpoint_callback,
@@ -29,6 +31,8 @@ from nemo_slam.training.checkpoints import (
 from nemo_slam.training.data_module import SLAMDataModule
 from nemo_slam.training.guards import StepGuard, memory_advice
 from nemo_slam.training.initialise import load_weights, read_weights
+from nemo_slam.training.parallel import ParallelConfig, make_strategy, name_lost_ranks, whole_weights
+from nemo_slam.training.precision import ScalingState, check_run
 from nemo_slam.training.run_folder import RunMetrics
 
 MINIMUM_INITIALISED = 0.5
@@ -82,10 +86,14 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         # Metrics before checkpoints: a checkpoint at step k then implies that row k is written.
         metrics,
         StepCheckpoint(run_folder / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_last),
+        ScalingState(),
         *others,
     ]
     trainer = Trainer(
         **OmegaConf.to_container(cfg.trainer, resolve=True),
+        strategy=make_strategy(parse(ParallelConfig, cfg.parallel, "parallel"), cfg.trainer)
+        if "parallel" in cfg
+        else "auto",
         callbacks=callbacks,
         max_epochs=-1,
         check_val_every_n_epoch=None,
@@ -99,17 +107,16 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
     return trainer
 
 
-def start_up_table(cfg: DictConfig, trainer: Trainer, model: SLAMPretrainingModel, streams: dict[str, Stream]) -> str:
-    """What this run is, in one look."""
+def start_up_table(
+    trainer: Trainer, model: SLAMPretrainingModel, numbers: list[tuple[str, str]], streams: dict[str, Stream]
+) -> str:
+    """What this run is, in one look. ``numbers`` are :func:`nemo_slam.training.precision.check_run`'s rows."""
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    layer = model.multimodal_encoder.layers[0]
     parameters = sum(p.numel() for p in model.parameters())
     rows = [
         ("device", f"{name}; {trainer.world_size} process(es)"),
-        ("precision", str(trainer.precision)),
-        ("kernels", f"{model.kernels} (kernels: {model.settings.conformer.kernels})"),
-        ("attention", f"{layer.self_attn.backend} (attention: {model.settings.conformer.attention})"),
+        *numbers,
         ("parameters", f"{parameters / 1e6:.2f} M"),
         ("objectives", ", ".join(model.objectives)),
         ("steps", f"{trainer.max_steps}, {trainer.accumulate_grad_batches} micro-batch(es) each"),
@@ -143,9 +150,10 @@ def save_nemo(model: Any, path: Path) -> None:
     """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive."""
     part = path.with_name(f".{path.stem}.part.nemo")
     trainer: Trainer | None = model.trainer
-    if trainer is None or trainer.is_global_zero:  # NeMo writes on this rank alone, and no rank waits
-        model.save_to(str(part))
-        os.replace(part, path)
+    with whole_weights(model):
+        if trainer is None or trainer.is_global_zero:  # NeMo writes on this rank alone, and no rank waits
+            model.save_to(str(part))
+            os.replace(part, path)
     if trainer is not None:
         trainer.strategy.barrier()
 
@@ -163,6 +171,14 @@ def pretrain(cfg: DictConfig) -> Path:
     _say_demonstration(cfg, trainer)
     prepare_data(cfg.data, cfg.model.text_encoder.vocab_size)
     model = SLAMPretrainingModel(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)), trainer)
+    numbers = check_run(
+        model,
+        model.settings.conformer,
+        model.settings.pad_multiple,
+        cfg.model.optim.name,
+        str(trainer.precision),
+        trainer.strategy.root_device,
+    )
 
     torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
 
@@ -188,9 +204,11 @@ def pretrain(cfg: DictConfig) -> Path:
         logging.info(str(load_weights(model, read_weights(cfg.init_from), cfg.init_from, MINIMUM_INITIALISED)))
     if trainer.is_global_zero:
         _save_config(cfg, run_folder)
-        logging.info(start_up_table(cfg, trainer, model, train))
+        logging.info(start_up_table(trainer, model, numbers, train))
 
-    with memory_advice(cfg):
+    validated = {f"validation {name}": stream.index.meta["digest"] for name, stream in validation.items()}
+    trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated})))
+    with memory_advice(cfg), name_lost_ranks():
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
 
     exit_if_terminated(trainer)

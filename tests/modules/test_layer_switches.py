@@ -1,0 +1,78 @@
+"""Activation checkpointing and compiled layers: the same numbers, less memory, nothing compiled twice."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from nemo_slam.modules.conformer import ConformerConfig, ConformerStack
+from nemo_slam.packing import SequenceLayout
+
+SMALL = {"d_model": 32, "d_ff": 64, "n_heads": 2, "conv_norm_groups": 4}
+LAYERS = 2
+
+
+def stack(rotary=False, **changes) -> ConformerStack:
+    torch.manual_seed(0)
+    return ConformerStack(ConformerConfig(**{**SMALL, **changes}), LAYERS, rotary)
+
+
+def run(module, lengths):
+    layout = SequenceLayout.build(np.array(lengths), multiple=16)
+    torch.manual_seed(1)
+    rows = torch.randn(layout.num_rows, 32, requires_grad=True)
+    out = module(rows, layout)
+    valid = out[: layout.num_valid]
+    valid.square().sum().backward()
+    grads = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    return [valid.detach(), rows.grad[: layout.num_valid], *grads]
+
+
+def test_checkpointing_changes_no_number_dropout_included():
+    for ours, expected in zip(
+        run(stack(dropout=0.3, activation_checkpointing=True), [5, 40, 17]),
+        run(stack(dropout=0.3), [5, 40, 17]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_checkpointing_keeps_less():
+    def kept(module):
+        layout = SequenceLayout.build(np.array([60, 60]), multiple=16)
+        bytes_kept = 0
+
+        def pack(tensor):
+            nonlocal bytes_kept
+            if not isinstance(tensor, torch.nn.Parameter):
+                bytes_kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            module(torch.randn(layout.num_rows, 32, requires_grad=True), layout)
+        return bytes_kept
+
+    assert kept(stack(activation_checkpointing=True)) < 0.1 * kept(stack())
+
+
+def test_compiled_layers_are_compiled_for_any_batch(monkeypatch):
+    """Other numbers of rows and sequences, other blocks, every layer: what is compiled serves all of them."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", False)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **{**k, "backend": counter}))
+    ours, plain = stack(dropout=0.0, compile=True), stack(dropout=0.0)
+    after = []
+    for lengths in ([5, 40, 17], [3, 3], [90], [1, 2, 3, 4, 5, 6, 7, 60], [33, 31, 12]):
+        for result, expected in zip(run(ours, lengths), run(plain, lengths), strict=True):
+            torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+        after.append(counter.frame_count)
+    assert after[0] >= 1
+    assert after[-1] == after[0], after
+    assert after[-1] <= 6, after
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    torch._dynamo.reset()
