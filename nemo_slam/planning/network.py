@@ -64,6 +64,8 @@ class Network:
         self.model, self.tally, self.fused = model, tally, fused
         self.conformer = model["conformer"]
         self.width = self.conformer["d_model"]
+        if self.conformer.get("fp8", "none") != "none":
+            raise ValueError(f"model.conformer.fp8={self.conformer['fp8']} cannot be planned: set it to none")
 
     def add(self, batch: MicroBatch) -> None:
         """All of one micro-batch, forward and backward."""
@@ -119,9 +121,23 @@ class Network:
         return float(np.ceil(sum(kind.rows for kind in kinds) / multiple) * multiple)
 
     def _layers(self, kinds: list[Lengths], count: int) -> None:
-        for _ in range(count):
-            self._layer(kinds)
+        if self.conformer.get("activation_checkpointing"):
+            self._recomputed_layers(kinds, count)
+        else:
+            for _ in range(count):
+                self._layer(kinds)
         self.tally.add(saved=24.0 * self._packed(kinds))  # the layout's indices
+
+    def _recomputed_layers(self, kinds: list[Lengths], count: int) -> None:
+        """Each keeps its input alone, and runs once more in the backward: one layer's activations at a time."""
+        single = Tally(self.tally.precision, self.tally.mask_bytes, self.tally.fused_attention)
+        Network(self.model, single, self.fused)._layer(kinds)
+        for cost in (c for costs in single.operations.values() for c in costs):
+            (forward, backward), (read, read_back) = cost.products, cost.moved
+            for _ in range(count):
+                self.tally.add((forward, backward + forward), (read, read_back + read))
+        inputs = count * self._packed(kinds) * self.width * self.tally.precision.residual
+        self.tally.add(saved=inputs + single.total().saved)
 
     def _layer(self, kinds: list[Lengths]) -> None:
         """One Conformer layer; norms keep the residual stream, products what they multiply."""

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from nemo_slam.objectives.base import sum_over_ranks, world_size
 from nemo_slam.objectives.metrics import MetricAccumulator
@@ -87,6 +88,8 @@ class StepGuard(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if isinstance(norm, DTensor):  # gradients in shards (parallel.strategy=fsdp2)
+            norm = norm.full_tensor()
         assert self._bad_loss is not None
         flags = torch.stack([self._bad_loss.to(norm.device), norm.double()])
         bad, norms = sum_over_ranks(flags).tolist()

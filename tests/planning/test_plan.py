@@ -95,6 +95,21 @@ def test_operations_and_memory_of_a_real_step(build, make_batch, config, size, l
     assert planned == pytest.approx(measured, rel=WITHIN)
 
 
+def test_layers_that_are_computed_again(build, make_batch):
+    """Activation checkpointing: the operations are counted, the memory falls to less than a third."""
+    options = ["model=tiny", "model.conformer.kernels=torch"]
+    model, node = build("slam_stage1", *options, "model.conformer.activation_checkpointing=true")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.train().losses(make_batch(*SMALL))[0].backward()
+    settings = {"precision": PRECISIONS["32-true"], "fused": False, "fused_attention": False}
+    again = tally_of(node, micro_batch(*SMALL), **settings).total()
+    assert sum(again.products) == pytest.approx(counter.get_total_flops(), rel=WITHIN)
+    config = composed("slam_stage1", "model=slam", "data=paper", "model.conformer.activation_checkpointing=true")
+    recomputed, kept = make_plan(Run(config, GPUS["h100"], 64)), plan("trainer.precision=32-true", ranks=64)
+    assert recomputed.memory.activations < kept.memory.activations / 3
+    assert kept.flops * 1.25 < recomputed.flops < kept.flops * 4 / 3
+
+
 @pytest.mark.parametrize(
     ("config", "overrides"),
     [
@@ -174,6 +189,8 @@ def test_unknown_precision_and_optimizer_are_errors():
         plan("trainer.precision=64-true")
     with pytest.raises(ValueError, match=r"model\.optim\.name: 'novograd'"):
         plan("model.optim.name=novograd")
+    with pytest.raises(ValueError, match=r"fp8=gemm cannot be planned"):
+        plan("model.conformer.fp8=gemm")
 
 
 def test_the_script_answers_without_torch():

@@ -1,0 +1,177 @@
+"""How several processes share the work: DistributedDataParallel, or weights in shards by PyTorch's ``fully_shard``."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from omegaconf import DictConfig
+
+STRATEGIES = ("ddp", "fsdp2")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Attributes:
+    strategy: ``ddp``, all weights on every GPU, or ``fsdp2``, weights, gradients and optimizer state in shards: for a
+        model that does not fit otherwise.
+    bucket_megabytes: gradients that DDP sums in one message.
+    static_graph: tells DDP that all steps use the same parameters, which they do: every rank runs every module.
+    gradient_as_bucket_view: gradients lie in DDP's messages, instead of being copied there.
+    timeout_seconds: a message between ranks that takes longer ends the run. Longer than any pause that is no fault,
+        such as the writing of a checkpoint.
+    """
+
+    strategy: str = "ddp"
+    bucket_megabytes: int = 25
+    static_graph: bool = True
+    gradient_as_bucket_view: bool = True
+    timeout_seconds: int = 1800
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy: {self.strategy!r} is not one of {', '.join(STRATEGIES)}")
+        if self.bucket_megabytes < 1 or self.timeout_seconds < 1:
+            raise ValueError(
+                f"bucket_megabytes and timeout_seconds must be positive, got {self.bucket_megabytes} and "
+                f"{self.timeout_seconds}"
+            )
+
+
+def processes(trainer: Mapping[str, Any]) -> int:
+    """How many processes the arguments of a trainer ask for."""
+    devices = trainer["devices"]
+    if devices in ("auto", -1, "-1"):
+        on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        count = torch.cuda.device_count() if on_gpu else 1
+    else:
+        count = int(devices) if isinstance(devices, (int, str)) else len(devices)
+    return count * int(trainer["num_nodes"])
+
+
+def make_strategy(config: ParallelConfig, trainer: DictConfig) -> Strategy | str:
+    """The ``strategy`` argument of Lightning's trainer."""
+    timeout = timedelta(seconds=config.timeout_seconds)
+    if config.strategy == "fsdp2":
+        return ShardedStrategy(processes(trainer), timeout)
+    if processes(trainer) == 1:
+        return "auto"
+    return DDPStrategy(
+        bucket_cap_mb=config.bucket_megabytes,
+        static_graph=config.static_graph,
+        gradient_as_bucket_view=config.gradient_as_bucket_view,
+        timeout=timeout,
+    )
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Lightning's strategy for ``fully_shard``, with checkpoints in one file, as those of the other strategies."""
+
+    def __init__(self, ranks: int, timeout: timedelta):
+        super().__init__(
+            data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout
+        )
+
+    def connect(self, model: LightningModule) -> None:
+        """Lightning shards nothing itself: it asks for a hook of the model, which is the same for all our models."""
+        super().connect(model)
+        vars(model)["configure_model"] = lambda: shard(model, self.device_mesh["data_parallel"])
+
+
+def shard(model: LightningModule, mesh: Any) -> None:
+    """Each Conformer layer is a unit that is gathered when it runs; the rest is one more unit, there all step long."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if isinstance(model, FSDPModule):  # Lightning calls the hook again, for each of fit and validate
+        return
+    for encoder in (model.speech_encoder, model.multimodal_encoder):
+        for layer in encoder.layers.children():
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def whole_weights(model: LightningModule) -> Iterator[None]:
+    """``model.state_dict()`` is that of a model in one piece within this block, on rank 0. All ranks must enter it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    vars(model)["state_dict"] = lambda *args, **kwargs: weights
+    try:
+        yield
+    finally:
+        del vars(model)["state_dict"]
+
+
+# ---- a rank that is gone -------------------------------------------------------------------------
+
+COMMUNICATION = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out",
+    "TCPStore",
+)
+"""What errors of a message between ranks say."""
+
+
+class LostRankError(RuntimeError):
+    """Other ranks do not answer any more."""
+
+
+@contextmanager
+def name_lost_ranks(wait_seconds: float = 10.0) -> Iterator[None]:
+    """Turns an error of communication into one that names the ranks, and their machines, that do not answer.
+
+    Every rank that meets such an error says so in the store that all of them know. Those that do not within
+    ``wait_seconds`` are gone or stuck.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not several or not any(word in str(error) for word in COMMUNICATION):
+            raise
+        raise LostRankError(f"{_lost(wait_seconds)}. The same command resumes from the last checkpoint") from error
+
+
+def announce_host() -> None:
+    """Tells the others which machine this rank is on, for `name_lost_ranks`."""
+    _store().set(f"host/{dist.get_rank()}", socket.gethostname())
+
+
+def _store() -> Any:
+    return dist.PrefixStore("nemo_slam", dist.distributed_c10d._get_default_store())
+
+
+def _lost(wait_seconds: float) -> str:
+    rank, ranks = dist.get_rank(), range(dist.get_world_size())
+    try:
+        store = _store()
+        store.set(f"alive/{rank}", "")
+        deadline = time.monotonic() + wait_seconds
+        silent = list(ranks)
+        while silent and time.monotonic() < deadline:
+            silent = [other for other in silent if not store.check([f"alive/{other}"])]
+            time.sleep(0.2)
+        names = [f"rank {other} ({store.get(f'host/{other}').decode()})" for other in silent]
+    except (RuntimeError, dist.DistError):
+        return f"rank {rank}: the machine of rank 0 does not answer, where all ranks meet"
+    if not names:
+        return f"rank {rank}: a message between ranks failed, although all of them still run"
+    return f"rank {rank}: no answer from {', '.join(names)}"
