@@ -2,6 +2,8 @@
 #
 #   make pretrain ARGS="trainer.max_steps=50"      overrides for the script, as KEY=VALUE
 #   make pretrain EXP_DIR=/data/runs MODEL=base    another place for run folders, another model size
+#   make pretrain NAME=trial                       another name for the run folder: EXP_DIR/NAME
+#   make report RUNS="runs/one runs/two"           one report of several runs
 #   make setup PYTHON=python3.12                   another interpreter for .venv
 #   make setup TORCH_INDEX_URL=URL                 torch from another index, for instance CPU builds only
 #   make test PYTEST_ARGS="-k packing" JOBS=4      some tests only, in more processes
@@ -20,6 +22,8 @@ CONSTRAINTS ?= constraints.txt
 READY_PYTHON ?=
 EXP_DIR ?= runs
 MODEL ?= tiny
+NAME ?= slam_stage1_$(MODEL)
+RUNS ?= $(EXP_DIR)/$(NAME)
 ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
@@ -30,7 +34,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo test lint format clean distclean
+.PHONY: help setup data pretrain demo report docs test lint format clean distclean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -81,12 +85,20 @@ data: setup  ## prepare the demonstration corpus: human-read prompts and public-
 	@$(RUN) scripts/prepare_data.py prompts
 
 pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; again: resume
-	@$(RUN) scripts/speech_pretrain.py --config-name slam_stage1 model=$(MODEL) name=slam_stage1_$(MODEL) \
+	@$(RUN) scripts/speech_pretrain.py --config-name slam_stage1 model=$(MODEL) name="$(NAME)" \
 	  exp_manager.exp_dir="$(EXP_DIR)" $(ARGS)
-	@echo "run folder: $(EXP_DIR)/slam_stage1_$(MODEL)"
+	@echo "run folder: $(EXP_DIR)/$(NAME)"
+	@$(RUN) scripts/report.py "$(EXP_DIR)/$(NAME)"
 
 demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, a stock NeMo model, transcripts
 	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)/demo" $(ARGS)
+
+report: setup  ## report.html of a run (RUNS="DIR ..." for others): health, curves, examples
+	@$(RUN) scripts/report.py $(RUNS)
+
+docs: setup  ## the documentation as a site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
 
 # One thread in each test process: the tests are small, and more processes than cores slow each other down.
 test: setup  ## all tests

@@ -100,7 +100,12 @@ def main() -> None:
     show_transcripts(out)
     run("evaluate.py", out)
 
+    say("6. A report to look at: curves, health, examples, transcripts with their errors marked")
+    report = folder / "report.html"
+    run("report.py", stage1.parent, stage2.parent, recogniser.parent, "--transcripts", out, "--out", report)
+
     print(f"\ndemo: {(time.perf_counter() - started) / 60:.1f} min; run folders and transcripts are in {folder}")
+    print(f"demo: open {report} in a browser")
 
 
 if __name__ == "__main__":

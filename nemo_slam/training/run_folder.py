@@ -13,6 +13,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 
+from nemo_slam.training.environment import write_environment
+
 FRAME_SECONDS = 0.01
 
 
@@ -81,6 +83,7 @@ class RunMetrics(Callback):
         self._since = time.perf_counter()
         if trainer.is_global_zero:
             self.file.open_at(trainer.global_step)
+            write_environment(self.file.path.parent)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
