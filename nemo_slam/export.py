@@ -8,8 +8,9 @@ from nemo.core.classes import ModelPT
 from nemo.utils.model_utils import import_class_by_path
 from omegaconf import OmegaConf, open_dict
 
-from nemo_slam.finetuning.finetune import MINIMUM_INITIALISED, check_tokenizer
+from nemo_slam.finetuning.finetune import MINIMUM_INITIALISED
 from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_pretrained
+from nemo_slam.finetuning.task import check_tokenizer
 from nemo_slam.training.initialise import LoadReport
 from nemo_slam.training.pretrain import save_nemo
 
@@ -36,7 +37,7 @@ def build_stock_model(source: str | Path, to: str, tokenizer: str | Path) -> tup
         "target": TARGETS[to],
         "sample_rate": 16000,
         "tokenizer": {"dir": str(tokenizer), "type": "bpe"},
-        "preprocessor": dict(pretrained.preprocessor),
+        "preprocessor": pretrained.preprocessor,
         "encoder": encoder_node(DROPOUT, pretrained),
         "decoder": {
             "_target_": "nemo.collections.asr.modules.ConvASRDecoder",

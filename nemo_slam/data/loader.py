@@ -103,7 +103,7 @@ class ValidationDataset(Dataset):
 
 
 def step_loader(
-    dataset: StepDataset,
+    dataset: Dataset,
     start: int,
     end: int,
     *,
@@ -114,7 +114,7 @@ def step_loader(
     """A loader of micro-batches start .. end - 1, in order. Its contents do not depend on the number of workers.
 
     Args:
-        dataset: of this rank.
+        dataset: of this rank, addressed by number.
         start: first micro-batch number: where the run begins or resumes.
         end: one past the last.
         num_workers: processes that load; 0 to load in this one.

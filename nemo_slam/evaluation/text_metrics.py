@@ -1,4 +1,4 @@
-"""WER, CER, BLEU and chrF of a corpus, with seeded bootstrap intervals.
+"""WER, CER, BLEU, chrF and accuracy of a corpus, with seeded bootstrap intervals.
 
 Every metric is reduced to counts per utterance (n, k) and a function of their sum, so that a resample of the corpus is
 one matrix product. Where a reference is empty, the hypothesis counts as insertions and no reference length is added.
@@ -10,10 +10,12 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-METRICS = ("wer", "cer", "bleu", "chrf")
+METRICS = ("wer", "cer", "bleu", "chrf", "accuracy")
 NORMALISATIONS = {
     "none": "texts compared as they are, after stripping",
     "basic": "NFKC, case folded, only letters, marks, digits and apostrophes kept, runs of space made one",
@@ -81,6 +83,9 @@ def count(metric: str, references: Sequence[str], hypotheses: Sequence[str]) -> 
         return _edit_counts(metric, references, hypotheses)
     if metric in ("bleu", "chrf"):
         return _ngram_counts(metric, references, hypotheses)
+    if metric == "accuracy":
+        equal = np.array([[r == h, 1] for r, h in zip(references, hypotheses, strict=True)], np.float64).reshape(-1, 2)
+        return Counts(metric, equal, _percentage, "share of equal texts")
     raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
 
 
@@ -94,7 +99,11 @@ def _edit_counts(metric: str, references: Sequence[str], hypotheses: Sequence[st
         errors = found.substitutions + found.deletions + found.insertions
         rows.append((errors, found.hits + found.substitutions + found.deletions))
     counts = np.array(rows, np.float64).reshape(-1, 2)
-    return Counts(metric, counts, lambda s: 100 * s[0] / s[1] if s[1] else math.nan, f"jiwer {metric}")
+    return Counts(metric, counts, _percentage, f"jiwer {metric}")
+
+
+def _percentage(total: np.ndarray) -> float:
+    return float(100 * total[0] / total[1]) if total[1] else math.nan
 
 
 def _ngram_counts(metric: str, references: Sequence[str], hypotheses: Sequence[str]) -> Counts:
@@ -104,12 +113,19 @@ def _ngram_counts(metric: str, references: Sequence[str], hypotheses: Sequence[s
     rows = scorer._extract_corpus_statistics(list(hypotheses), [list(references)]) if references else []
     counts = np.array(rows, np.float64).reshape(len(references), -1)
 
-    def score(total: np.ndarray) -> float:
-        if not total.any():
-            return math.nan
-        return float(scorer._compute_score_from_stats([int(x) for x in total]).score)
+    signature = str(scorer.get_signature()) if references else f"sacrebleu {metric}"
+    return Counts(metric, counts, partial(_ngram_score, scorer), signature)
 
-    return Counts(metric, counts, score, str(scorer.get_signature()) if references else f"sacrebleu {metric}")
+
+def _ngram_score(scorer: Any, total: np.ndarray) -> float:
+    return float(scorer._compute_score_from_stats([int(x) for x in total]).score) if total.any() else math.nan
+
+
+def bleu_score(total: np.ndarray) -> float:
+    """BLEU of summed counts of `count`."""
+    from sacrebleu.metrics import BLEU
+
+    return _ngram_score(BLEU(), total)
 
 
 def _resamples(n: int, number: int, seed: int) -> np.ndarray:

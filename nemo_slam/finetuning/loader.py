@@ -1,74 +1,109 @@
-"""Batches as stock NeMo models take them, addressed by number like those of pre-training."""
+"""Batches of fine-tuning, addressed by number like those of pre-training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
+from typing import Any
 
-import torch
+import numpy as np
 from lightning.pytorch import LightningDataModule
+from nemo.utils import logging
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
+from nemo_slam.data.bad_rows import EmptyStreamError
 from nemo_slam.data.loader import step_loader
-from nemo_slam.finetuning.transcripts import TranscriptStream, Utterances
+from nemo_slam.data.sampling import StepSampler
+from nemo_slam.data.stream import Stream
 from nemo_slam.training.data_module import WithoutLength
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+Collate = Callable[[Any], Batch]
 
 
-def collate(utterances: Utterances, pad_id: int = 0, start_id: int | None = None, end_id: int | None = None) -> Batch:
-    """What stock ASR models unpack in ``training_step``.
-
-    *Shape:* signal (B, T) float32, signal lengths (B,), tokens (B, U) int64 padded with ``pad_id``, their lengths (B,).
-    """
-    before = [] if start_id is None else [start_id]
-    after = [] if end_id is None else [end_id]
-    tokens = [torch.tensor([*before, *row.tolist(), *after], dtype=torch.int64) for row in utterances.tokens]
-    lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
-    return (
-        utterances.audio,
-        utterances.audio_lengths,
-        torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_id),
-        lengths,
-    )
-
-
-class TranscriptDataset(Dataset):
+class TrainingDataset(Dataset):
     """`dataset[m]` is micro-batch m of this rank, never empty: stock models cannot run on no utterance.
 
-    A share without an utterance (more ranks than utterances, one utterance longer than the budget, bad rows only)
-    becomes the step's whole batch, or the next step's that has one: still a function of the number alone.
+    A share without an example (more ranks than examples, one example longer than the budget, bad rows only) becomes the
+    step's whole batch, or the next step's that has one: still a function of the number alone.
 
     Args:
-        stream: of utterances.
+        stream: of examples.
+        collate: examples to tensors.
         rank, world, accumulate: as in ``nemo_slam.data.loader.StepDataset``.
-        once: cover the stream once (validation) instead of going round.
-        special: ``pad_id``, ``start_id`` and ``end_id`` for `collate`.
     """
 
-    def __init__(
-        self,
-        stream: TranscriptStream,
-        rank: int = 0,
-        world: int = 1,
-        accumulate: int = 1,
-        once: bool = False,
-        special: dict[str, int] | None = None,
-    ):
-        self.stream = stream
+    def __init__(self, stream: Stream, collate: Collate, rank: int = 0, world: int = 1, accumulate: int = 1):
+        self.stream, self.collate = stream, collate
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.once = once
-        self.special = special or {}
 
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.accumulate)
         part, parts = self.rank * self.accumulate + micro, self.world * self.accumulate
-        utterances = self.stream.batch(step, part, parts, once=self.once)
+        examples = self.stream.batch(step, part, parts)
         for later in count():
-            if len(utterances):
-                return collate(utterances, **self.special)
-            utterances = self.stream.batch(step + later)
+            if len(examples):
+                return self.collate(examples)
+            examples = self.stream.batch(step + later)
         raise AssertionError("a stream that has a row has a batch")
+
+
+def validation_batches(sampler: StepSampler, world: int) -> list[list[np.ndarray]]:
+    """Ids of every batch by rank, each example once, no share empty: stock models gather in every validation step.
+
+    A batch of fewer examples than ranks joins the next (the last one, the one before).
+
+    Raises:
+        EmptyStreamError: fewer examples than ranks.
+    """
+    batches: list[np.ndarray] = [np.zeros(0, np.int64)]
+    for step in range(sampler.steps_once):
+        ids, _ = sampler.global_batch(step, once=True)
+        if len(batches[-1]) < world:
+            batches[-1] = np.concatenate([batches[-1], ids])
+        else:
+            batches.append(ids)
+    if len(batches[-1]) < world and len(batches) > 1:
+        batches[-2:] = [np.concatenate(batches[-2:])]
+    if len(batches[-1]) < world:
+        raise EmptyStreamError(f"validation has {len(batches[-1])} rows, too few for {world} ranks: give each one")
+    lengths = sampler.index.lengths
+    return [np.array_split(ids[np.lexsort((ids, lengths[ids]))], world) for ids in batches]
+
+
+class ValidationShares(Dataset):
+    """`dataset[k]` is this rank's share of validation batch k.
+
+    Where none of a share can be loaded (bad audio), the first share that can stands in for it, which is said.
+    """
+
+    def __init__(self, stream: Stream, collate: Collate, rank: int = 0, world: int = 1):
+        self.stream, self.collate, self.rank = stream, collate, rank
+        self.batches = validation_batches(stream.sampler, world)
+        self.warned: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self.batches):
+            raise IndexError(f"validation has {len(self.batches)} batches, asked for {number}")
+        own = self.batches[number][self.rank]
+        others = (share for batch in self.batches for share in batch)
+        for ids in (own, *others):
+            examples = self.stream.load(ids, np.zeros(len(ids), np.int64))
+            if len(examples):
+                break
+        else:
+            raise EmptyStreamError("validation: no row can be loaded; bad_rows.jsonl lists the reasons")
+        if ids is not own and number not in self.warned:
+            self.warned.add(number)
+            logging.warning(
+                f"validation: none of the {len(own)} rows of rank {self.rank}'s share of batch {number} can be loaded; "
+                "rows of another share stand in and count twice. bad_rows.jsonl lists the reasons"
+            )
+        return self.collate(examples)
 
 
 class FineTuningData(LightningDataModule):
@@ -76,30 +111,21 @@ class FineTuningData(LightningDataModule):
 
     Args:
         train, validation: open streams; validation may be None.
+        collate: examples to the batch that the model takes.
         num_workers: loading processes.
         pin_memory: page-lock batches, for copies to a GPU.
-        special: see `TranscriptDataset`.
     """
 
-    def __init__(
-        self,
-        train: TranscriptStream,
-        validation: TranscriptStream | None,
-        num_workers: int,
-        pin_memory: bool,
-        special: dict[str, int] | None = None,
-    ):
+    def __init__(self, train: Stream, validation: Stream | None, collate: Collate, num_workers: int, pin_memory: bool):
         super().__init__()
-        self.train, self.validation = train, validation
-        self.num_workers, self.pin_memory, self.special = num_workers, pin_memory, special
+        self.train, self.validation, self.collate = train, validation, collate
+        self.num_workers, self.pin_memory = num_workers, pin_memory
 
     def train_dataloader(self) -> WithoutLength:
         trainer = self.trainer
         assert trainer is not None
         accumulate = trainer.accumulate_grad_batches
-        dataset = TranscriptDataset(
-            self.train, trainer.global_rank, trainer.world_size, accumulate, special=self.special
-        )
+        dataset = TrainingDataset(self.train, self.collate, trainer.global_rank, trainer.world_size, accumulate)
         start, end = trainer.global_step * accumulate, trainer.max_steps * accumulate
         return WithoutLength(step_loader(dataset, start, end, num_workers=self.num_workers, pin_memory=self.pin_memory))
 
@@ -108,8 +134,6 @@ class FineTuningData(LightningDataModule):
         assert trainer is not None
         if self.validation is None:
             return []
-        sampler = self.validation.sampler
-        numbers = [n for n in range(sampler.steps_once) if len(sampler.global_batch(n, once=True)[0])]
-        rank, world = trainer.global_rank, trainer.world_size
-        dataset = TranscriptDataset(self.validation, rank, world, once=True, special=self.special)
-        return step_loader(Subset(dataset, numbers), 0, len(numbers), pin_memory=self.pin_memory)
+        dataset = ValidationShares(self.validation, self.collate, trainer.global_rank, trainer.world_size)
+        # Validation reads little and seldom: no processes that would wait for it all along.
+        return step_loader(dataset, 0, len(dataset), pin_memory=self.pin_memory)

@@ -1,4 +1,4 @@
-"""Rows of ``metrics.csv`` for stock models, which have no account of their own."""
+"""Rows of ``metrics.csv`` for fine-tuned models: stock ones have no account of their own."""
 
 from __future__ import annotations
 
@@ -9,44 +9,53 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from nemo_slam.data.audio import SAMPLE_RATE
 from nemo_slam.training.run_folder import RunMetrics
 
 
 class FineTuneMetrics(RunMetrics):
-    """Every ``every_n_steps`` steps: mean training loss, learning rates and speed; after validation: what it logged."""
+    """Every ``every_n_steps`` steps: mean training loss, learning rates and speed, over all ranks; after validation:
+    what it logged.
 
-    def __init__(self, folder: Path, every_n_steps: int):
+    Args:
+        volume: the name of the speed, and what one unit of a batch's lengths counts: ``speech_per_second`` and seconds
+            a sample, or ``tokens_per_second`` and 1.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int, volume: tuple[str, float]):
         super().__init__(folder, every_n_steps)
-        self._losses: list[torch.Tensor] = []
-        self._samples = 0
+        self._volume_name, self._unit = volume
+        self._sums = torch.zeros(3, dtype=torch.float64)  # losses, micro-batches, lengths
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # Lightning hands out the loss divided for accumulation.
-        self._losses.append(outputs["loss"].detach() * trainer.accumulate_grad_batches)
-        self._samples += int(batch[1].sum())
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        new = torch.stack(
+            [loss.float(), torch.ones_like(loss, dtype=torch.float32), batch[1].sum().to(loss.device).float()]
+        )
+        self._sums = self._sums.to(new.device) + new
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _training_figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         seconds = time.perf_counter() - self._since
         self._since = time.perf_counter()
+        total, batches, lengths = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        self._sums = torch.zeros_like(self._sums)
         encoder = {id(parameter) for parameter in pl_module.encoder.parameters()}
         groups = trainer.optimizers[0].param_groups
         rates = {"lr_encoder" if id(group["params"][0]) in encoder else "lr": group["lr"] for group in groups}
-        figures = {
-            "loss": torch.stack(self._losses).mean().item(),
+        return {
+            "loss": total / batches,
             **rates,
-            "speech_per_second": self._samples / SAMPLE_RATE / seconds,
+            self._volume_name: lengths * self._unit / seconds,
             "seconds": seconds,
         }
-        self._losses, self._samples = [], 0
-        return figures
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
+        # Models log these summed or averaged over the ranks.
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         self._write(trainer, trainer.global_step, figures)
         self._since = time.perf_counter()

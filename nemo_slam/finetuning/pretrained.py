@@ -1,4 +1,4 @@
-"""A pre-trained (or fine-tuned) ``.nemo`` as the start of a stock model: its architecture, features, encoder weights.
+"""A pre-trained (or fine-tuned) ``.nemo`` as the start of another model: its architecture, features, encoder weights.
 
 The archive is read, never unpacked: a path in it is a name to look up, its YAML is data, its weights are tensors only.
 """
@@ -17,12 +17,16 @@ from torch import Tensor, nn
 from nemo_slam.training.initialise import LoadReport, load_weights, read_weights
 
 ENCODER = "nemo_slam.models.encoder.SLAMEncoder"
-ENCODER_PARTS = ("speech_encoder.", "multimodal_encoder.")
-RUN_TIME = frozenset({"dropout", "dropout_att", "attention", "kernels"})
+TEXT_ENCODER = "nemo_slam.finetuning.text_encoder.SLAMTextEncoder"
+PARTS = {"speech": ("speech_encoder", "multimodal_encoder"), "text": ("text_encoder", "multimodal_encoder")}
+"""Modules of an encoder, by what comes in."""
+
+RUN_TIME = frozenset({"dropout", "dropout_att", "attention", "kernels", "fp8", "activation_checkpointing", "compile"})
 """Keys of ``encoder.conformer`` that no weight depends on: the fine-tuning config decides them."""
 
 PREPROCESSOR = "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"
 _CONFIG_LIMIT = 16 << 20
+_TOKENIZER_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,22 @@ class Pretrained:
 
     Attributes:
         path: the archive.
-        architecture: ``conformer``, ``speech_encoder`` and ``multimodal_encoder`` without the run-time keys.
-        preprocessor: the features that the encoder was trained on.
-        weights: the encoder's tensors, named as in ``SLAMEncoder``.
+        architecture: ``conformer`` and the encoder's parts, without the run-time keys.
+        weights: the encoder's tensors, named as in ``SLAMEncoder`` and ``SLAMTextEncoder``.
+        preprocessor: for speech: the features that the encoder was trained on.
+        tokenizer: for text: the SentencePiece model that it was trained with.
     """
 
     path: Path
     architecture: dict[str, dict[str, Any]]
-    preprocessor: dict[str, Any]
     weights: dict[str, Tensor]
+    preprocessor: dict[str, Any] | None = None
+    tokenizer: bytes | None = None
 
     def describe(self) -> str:
+        layers = [str(node["num_layers"]) for node in self.architecture.values() if "num_layers" in node]
         width = self.architecture["conformer"].get("d_model")
-        layers = [self.architecture[part].get("num_layers") for part in ("speech_encoder", "multimodal_encoder")]
-        return f"width {width}, {layers[0]} + {layers[1]} layers, {len(self.weights)} tensors"
+        return f"width {width}, {' + '.join(layers)} layers, {len(self.weights)} tensors"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -76,12 +82,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_pretrained(path: str | Path) -> Pretrained:
-    """Read the encoder out of a ``.nemo`` of ours: of pre-training, or of a stock model with our encoder.
+def read_pretrained(path: str | Path, kind: str = "speech") -> Pretrained:
+    """Read an encoder out of a ``.nemo`` of ours: of pre-training, or of a model fine-tuned from it.
+
+    Args:
+        kind: ``speech`` or ``text``: which of the two front ends is wanted.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a NeMo archive, or none with a SLAM encoder.
+        ValueError: not a NeMo archive, or none with such an encoder.
     """
     path = Path(path)
     try:
@@ -89,37 +98,58 @@ def read_pretrained(path: str | Path) -> Pretrained:
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"init_from: {error}") from error
     node = config.get("encoder", config)
-    parts = ("conformer", "speech_encoder", "multimodal_encoder")
+    parts = ("conformer", *PARTS[kind])
     if not isinstance(node, dict) or any(not isinstance(node.get(part), dict) for part in parts):
         raise ValueError(
-            f"init_from: {path} ({config.get('target', 'unknown class')}) has no SLAM encoder: expected a .nemo of "
-            "scripts/speech_pretrain.py or scripts/speech_finetune.py"
+            f"init_from: {path} ({config.get('target', 'unknown class')}) has no SLAM {kind} encoder: expected a .nemo "
+            f"of scripts/speech_pretrain.py, or of scripts/speech_finetune.py with {kind} in"
         )
-    if not isinstance(config.get("preprocessor"), dict):
-        raise ValueError(f"init_from: {path} has no preprocessor, so its features are unknown")
     architecture = {part: dict(node[part]) for part in parts}
     architecture["conformer"] = {k: v for k, v in architecture["conformer"].items() if k not in RUN_TIME}
+    weights = encoder_weights(read_weights(path), kind)
+    if kind == "text":
+        return Pretrained(path, architecture, weights, tokenizer=read_tokenizer(path, config))
+    if not isinstance(config.get("preprocessor"), dict):
+        raise ValueError(f"init_from: {path} has no preprocessor, so its features are unknown")
     preprocessor = {**config["preprocessor"], "_target_": PREPROCESSOR, "dither": 0.0, "pad_to": 0}
-    return Pretrained(path, architecture, preprocessor, encoder_weights(read_weights(path)))
+    return Pretrained(path, architecture, weights, preprocessor=preprocessor)
 
 
-def encoder_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors among a model's, under the names that ``SLAMEncoder`` gives them."""
+def read_tokenizer(path: Path, config: Mapping[str, Any]) -> bytes:
+    """The SentencePiece model that the encoder's text went through, out of the archive.
+
+    Raises:
+        ValueError: the archive has none.
+    """
+    node = config.get("source_tokenizer") or config.get("tokenizer") or {}
+    name = Path(str(node.get("model_path", "")).removeprefix("nemo:")).name
+    with tarfile.open(path) as archive:
+        member = next((m for m in archive if name and Path(m.name).name == name and m.isfile()), None)
+        file = None if member is None else archive.extractfile(member)
+        if member is None or file is None or member.size > _TOKENIZER_LIMIT:
+            raise ValueError(f"init_from: {path} holds no tokenizer of its encoder's text")
+        return file.read()
+
+
+def encoder_weights(weights: Mapping[str, Tensor], kind: str = "speech") -> dict[str, Tensor]:
+    """The encoder's tensors among a model's, under the names that it gives them itself."""
+    prefixes = tuple(f"{part}." for part in PARTS[kind])
     names = {name: name.removeprefix("encoder.") for name in weights}
-    return {short: weights[name] for name, short in names.items() if short.startswith(ENCODER_PARTS)}
+    return {short: weights[name] for name, short in names.items() if short.startswith(prefixes)}
 
 
-def encoder_node(node: Mapping[str, Any], pretrained: Pretrained | None) -> dict[str, Any]:
+def encoder_node(node: Mapping[str, Any], pretrained: Pretrained | None, target: str = ENCODER) -> dict[str, Any]:
     """The encoder's config: what shapes weights comes from the file if there is one, the rest from ``node``.
 
     Args:
         node: ``model.encoder`` of the fine-tuning config.
+        target: the encoder's class.
     """
     conformer = dict(node["conformer"])
     if pretrained is not None:
         conformer = {**pretrained.architecture["conformer"], **{k: v for k, v in conformer.items() if k in RUN_TIME}}
         node = {**node, **pretrained.architecture}
-    return {**node, "conformer": conformer, "d_model": conformer["d_model"], "_target_": ENCODER}
+    return {**node, "conformer": conformer, "d_model": conformer["d_model"], "_target_": target}
 
 
 def initialise_encoder(encoder: nn.Module, pretrained: Pretrained, minimum: float) -> LoadReport:

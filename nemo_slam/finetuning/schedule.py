@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.core.config.schedulers import SchedulerParams
 from nemo.core.optim.lr_scheduler import AVAILABLE_SCHEDULERS, register_scheduler
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -48,10 +49,10 @@ class GroupedWarmup(LRScheduler):
         self.warmup_steps, self.decay, self.max_steps, self.min_lr = warmup_steps, decay, max_steps, min_lr
         super().__init__(optimizer, last_epoch)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         return [self._rate(group, base) for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True)]
 
-    def _rate(self, group: dict[str, Any], peak: float) -> float:
+    def _rate(self, group: dict[str, Any], peak: float | Tensor) -> float | Tensor:
         frozen = group.get("frozen_steps", 0)
         warmup = group.get("warmup_steps", self.warmup_steps)
         step = self.last_epoch - frozen

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nemo_slam.data.audio_rows import COLUMNS, TAR_COLUMNS, AudioRows, scan_audio_rows
@@ -85,6 +86,21 @@ class Utterances:
         return len(self.tokens)
 
 
+def collate(
+    utterances: Utterances, pad_id: int = 0, start_id: int | None = None, end_id: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What stock ASR models unpack in ``training_step``.
+
+    *Shape:* signal (B, T) float32, signal lengths (B,), tokens (B, U) int64 padded with ``pad_id``, their lengths (B,).
+    """
+    before = [] if start_id is None else [start_id]
+    after = [] if end_id is None else [end_id]
+    tokens = [torch.tensor([*before, *row.tolist(), *after], dtype=torch.int64) for row in utterances.tokens]
+    lengths = torch.tensor([len(row) for row in tokens], dtype=torch.int64)
+    padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad_id)
+    return utterances.audio, utterances.audio_lengths, padded, lengths
+
+
 class TranscriptStream(Stream):
     """Batches of utterances with their tokens; order and exactness are those of pre-training's streams.
 
@@ -109,7 +125,7 @@ class TranscriptStream(Stream):
         bad_rows: BadRows | None = None,
         name: str = "train",
     ):
-        self.config = config = parse_stream(TranscriptConfig, node, f"data.{name}_ds")
+        self.config = config = parse_stream(TranscriptConfig, node, f"data.{name}_ds")  # type: ignore[type-var]
         self.sources = expand_paths(config.manifest_filepath)
         tars = None if config.tarred_audio_filepaths is None else expand_paths(config.tarred_audio_filepaths)
         model = Tokenizer(tokenizer)
@@ -184,7 +200,7 @@ def _scan(
     unknown = 0
     lines = Files(manifests)
     with TokenWriter(builder.folder, model.dtype) as writer:
-        for chunk in scan_audio_rows(builder, manifests, config, False, members):
+        for chunk in scan_audio_rows(builder, manifests, config, False, members):  # type: ignore[arg-type]
             good, texts = [], []
             for values, text in _texts(builder, chunk, lines, config.text_key):
                 good.append(values)

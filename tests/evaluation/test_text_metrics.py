@@ -26,6 +26,11 @@ def test_corpus_scores_are_the_libraries_own(metric, expected):
     assert count(metric, REFERENCES, HYPOTHESES).total() == pytest.approx(expected, abs=1e-9)
 
 
+def test_accuracy_is_the_share_of_equal_texts():
+    assert count("accuracy", ["a", "b", "c", "d"], ["a", "x", "c", "e"]).total() == 50.0
+    assert math.isnan(count("accuracy", [], []).total())
+
+
 def test_an_empty_reference_counts_insertions_only():
     counts = count("wer", ["", "a b"], ["x y z", "a b"])
     assert counts.per_utterance.tolist() == [[3, 0], [0, 2]]

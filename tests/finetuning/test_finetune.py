@@ -16,7 +16,7 @@ from tones import write_corpus
 
 from nemo_slam.data.bad_rows import EmptyStreamError
 from nemo_slam.finetuning.finetune import finetune
-from nemo_slam.finetuning.loader import TranscriptDataset
+from nemo_slam.finetuning.loader import TrainingDataset
 from nemo_slam.training.initialise import read_weights
 
 CONF = Path(__file__).parents[2] / "conf" / "finetuning"
@@ -99,16 +99,18 @@ def pretraining_node(folder, corpus):
 
 def test_resume_after_a_kill_is_as_if_never_stopped(straight, corpus, tmp_path, monkeypatch):
     expected, overrides = straight
-    get = TranscriptDataset.__getitem__
+    get = TrainingDataset.__getitem__
 
     def killed(self, number):
-        if number == 2 and not self.once:
+        if number == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return get(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TranscriptDataset, "__getitem__", killed)
-        run_folder = finetune(config(corpus, tmp_path, *overrides))
+        patch.setattr(TrainingDataset, "__getitem__", killed)
+        with pytest.raises(SystemExit, match="143"):
+            finetune(config(corpus, tmp_path, *overrides))
+    run_folder = tmp_path / "asr_ctc"
     assert not (run_folder / "asr_ctc.nemo").exists()
     assert rows(run_folder)[-1]["step"] == "2"  # batch 2 was loaded ahead of step 3
 
@@ -238,6 +240,28 @@ def test_what_cannot_work_says_so_at_once(corpus, tmp_path, override, message):
         finetune(scratch(corpus, tmp_path, override.format(corpus.parent)))
 
 
+def test_a_fine_tune_that_loads_nothing_stops(straight, corpus, tmp_path):
+    """The architecture is read, but the weights have names that the encoder does not know."""
+    import io
+    import tarfile
+
+    source = straight[1][0].removeprefix("init_from=")
+    renamed = {f"module.{name}": tensor for name, tensor in read_weights(source).items()}
+    buffer = io.BytesIO()
+    torch.save(renamed, buffer)
+    with tarfile.open(source) as old, tarfile.open(tmp_path / "renamed.nemo", "w") as new:
+        for member in old:
+            if member.isfile():
+                content = old.extractfile(member).read()
+                if member.name.endswith("model_weights.ckpt"):
+                    content = buffer.getvalue()
+                member.size = len(content)
+                new.addfile(member, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"0 tensors, 0 parameters \(0\.0% of the model\)(?s:.*)below the 95% wanted"):
+        finetune(config(corpus, tmp_path, f"init_from={tmp_path}/renamed.nemo"))
+    assert not (tmp_path / "asr_ctc" / "metrics.csv").exists()
+
+
 TRANSDUCER = ["model.decoder.prednet.pred_hidden=8", "model.joint.jointnet.joint_hidden=8"]
 TRANSDUCER += [f"data.{split}_ds.max_duration=0.7" for split in ("train", "validation")]  # its loss is slow on a CPU
 TRANSLATOR = [f"model.transf_decoder.{key}" for key in ("hidden_size=16", "inner_size=16", "max_sequence_length=24")]
@@ -269,6 +293,28 @@ def test_a_tokenizer_without_sequence_symbols_is_refused_for_translation(corpus,
     cfg = scratch(corpus, tmp_path, *TRANSLATOR, f"model.tokenizer.dir={tones_tokenizer}", name="st")
     with pytest.raises(ValueError, match=r"no <s>, </s> and <pad>.*--sequence-symbols"):
         finetune(cfg)
+
+
+def test_a_resume_with_other_data_is_refused(straight, corpus, tmp_path):
+    other = write_corpus(tmp_path / "other", rows=7, seed=3)
+    (tmp_path / "asr_ctc" / "checkpoints").mkdir(parents=True)
+    for checkpoint in (straight[0] / "checkpoints").glob("step_*.ckpt"):
+        (tmp_path / "asr_ctc" / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoints of a run with other data: stream train"):
+        finetune(config(other, tmp_path, *straight[1], f"model.tokenizer.dir={straight[0]}/tokenizer"))
+
+
+def test_the_start_up_table_says_what_auto_picked(corpus, tmp_path, caplog):
+    import logging
+
+    logger = logging.getLogger("nemo_logger")
+    logger.addHandler(caplog.handler)
+    try:
+        finetune(scratch(corpus, tmp_path, "trainer.max_steps=1"))
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "torch (kernels: auto)" in caplog.text
+    assert "sdpa (attention: auto)" in caplog.text
 
 
 def test_early_stopping_keeps_the_best_weights(corpus, tmp_path):

@@ -9,8 +9,8 @@ import torch
 
 from nemo_slam.data.bad_rows import BadRows, DataError, EmptyStreamError
 from nemo_slam.data.tokenizer import train_on_lines
-from nemo_slam.finetuning.loader import TranscriptDataset, collate
-from nemo_slam.finetuning.transcripts import Limits, TranscriptStream, Utterances, ctc_frames_needed
+from nemo_slam.finetuning.loader import FineTuningData, TrainingDataset, ValidationShares, validation_batches
+from nemo_slam.finetuning.transcripts import Limits, TranscriptStream, Utterances, collate, ctc_frames_needed
 
 
 def open_stream(manifest, tokenizer, tmp_path, **options):
@@ -107,25 +107,56 @@ class FakeStream:
     ("number", "rank", "expected"), [(2, 0, [0]), (2, 1, [1]), (3, 0, [2]), (3, 1, [2]), (0, 0, [0, 1]), (1, 1, [0, 1])]
 )
 def test_no_rank_ever_gets_an_empty_batch(number, rank, expected):
-    dataset = TranscriptDataset(FakeStream(), rank=rank, world=2)
+    dataset = TrainingDataset(FakeStream(), collate, rank=rank, world=2)
     assert dataset[number][2].flatten().tolist() == expected
 
 
 def test_micro_batches_of_all_ranks_make_up_the_step(corpus, tones_tokenizer, tmp_path):
     stream = open_stream(corpus, tones_tokenizer, tmp_path, frames_per_step=900)
     whole = stream.batch(1)
-    parts = [TranscriptDataset(stream, rank, world=2, accumulate=2)[2 + micro] for rank in (0, 1) for micro in (0, 1)]
+    datasets = [TrainingDataset(stream, collate, rank, world=2, accumulate=2) for rank in (0, 1)]
+    parts = [dataset[2 + micro] for dataset in datasets for micro in (0, 1)]
     assert sorted(n for part in parts for n in part[1].tolist()) == sorted(whole.audio_lengths.tolist())
 
 
-def test_module_starts_at_the_trainers_step(corpus, tones_tokenizer, tmp_path):
-    from nemo_slam.finetuning.loader import FineTuningData
+@pytest.mark.parametrize("world", [1, 2, 5, 12])
+def test_validation_covers_each_utterance_once_and_leaves_no_share_empty(corpus, tones_tokenizer, tmp_path, world):
+    stream = open_stream(corpus, tones_tokenizer, tmp_path, frames_per_step=100)  # most batches are one utterance
+    batches = validation_batches(stream.sampler, world)
+    assert all(len(batch) == world for batch in batches)
+    assert all(len(share) for batch in batches for share in batch)
+    assert sorted(i for batch in batches for share in batch for i in share) == list(range(12))
+    with pytest.raises(EmptyStreamError, match="validation has 12 rows, too few for 13 ranks"):
+        validation_batches(stream.sampler, 13)
 
+
+def test_bad_audio_in_validation_is_stood_in_for_and_said(corpus, tones_tokenizer, tmp_path, caplog):
+    import logging
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus.parent, copy, ignore=shutil.ignore_patterns(".nemo_slam_index"))
+    stream = open_stream(copy / corpus.name, tones_tokenizer, tmp_path, frames_per_step=10**6)
+    whole = validation_batches(stream.sampler, 3)[0]
+    for example in whole[1]:
+        (copy / f"{example}.wav").write_text("no audio")
+    good = ValidationShares(stream, collate, rank=0, world=3)[0][1].tolist()
+    logger = logging.getLogger("nemo_logger")
+    logger.addHandler(caplog.handler)
+    try:
+        assert ValidationShares(stream, collate, rank=1, world=3)[0][1].tolist() == good
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "rank 1's share of batch 0" in caplog.text
+    assert "count twice" in caplog.text
+
+
+def test_module_starts_at_the_trainers_step(corpus, tones_tokenizer, tmp_path):
     stream = open_stream(corpus, tones_tokenizer, tmp_path)
-    data = FineTuningData(stream, stream, num_workers=0, pin_memory=False)
+    data = FineTuningData(stream, stream, collate, num_workers=0, pin_memory=False)
     common = {"accumulate_grad_batches": 2, "global_rank": 0, "world_size": 1}
     data.trainer = SimpleNamespace(global_step=3, max_steps=5, **common)
-    dataset = TranscriptDataset(stream, accumulate=2)
+    dataset = TrainingDataset(stream, collate, accumulate=2)
     batches = list(data.train_dataloader())
     assert len(batches) == 4
     for number, batch in enumerate(batches, 6):

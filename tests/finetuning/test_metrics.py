@@ -1,0 +1,49 @@
+"""metrics.csv of fine-tuning: figures over all ranks and micro-batches."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_slam.finetuning.metrics import FineTuneMetrics
+
+
+class TwoRanks:
+    """A strategy whose other rank saw other sums."""
+
+    other = torch.tensor([9.0, 2.0, 48000.0], dtype=torch.float64)
+
+    def reduce(self, tensor, reduce_op):
+        assert reduce_op == "sum"
+        return tensor + self.other
+
+
+def test_losses_and_speed_are_those_of_all_ranks(tmp_path):
+    model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(1, 1), "decoder": torch.nn.Linear(1, 1)})
+    model.encoder = model["encoder"]
+    groups = [
+        {"params": list(model["encoder"].parameters()), "lr": 0.1},
+        {"params": [*model["decoder"].parameters()], "lr": 0.5},
+    ]
+    trainer = SimpleNamespace(
+        strategy=TwoRanks(),
+        optimizers=[SimpleNamespace(param_groups=groups)],
+        accumulate_grad_batches=2,
+        global_step=1,
+        max_steps=9,
+        loggers=[],
+        is_global_zero=True,
+    )
+    metrics = FineTuneMetrics(tmp_path, 1, ("speech_per_second", 1 / 16000))
+    metrics.on_train_start(trainer, model)
+    trainer.global_step = 2
+    for number, loss in enumerate((2.0, 4.0)):  # of the micro-batches, before Lightning divides them
+        batch = (None, torch.tensor([16000, 8000]))
+        metrics.on_train_batch_end(trainer, model, {"loss": torch.tensor(loss / 2)}, batch, number)
+    header, row = (tmp_path / "metrics.csv").read_text().splitlines()
+    values = dict(zip(header.split(","), row.split(","), strict=True))
+    assert float(values["loss"]) == pytest.approx((2 + 4 + 9) / 4)
+    assert float(values["lr_encoder"]) == 0.1
+    assert float(values["lr"]) == 0.5
+    seconds = float(values["seconds"])
+    assert float(values["speech_per_second"]) == pytest.approx((3.0 + 3.0) / seconds, rel=1e-4)
