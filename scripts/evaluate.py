@@ -1,10 +1,11 @@
-"""Scores transcripts: WER and CER (jiwer), BLEU and chrF (sacrebleu), with bootstrap intervals, overall and by
-language.
+"""Scores transcripts: WER and CER (jiwer), BLEU and chrF (sacrebleu), accuracy, with bootstrap intervals, by language
+and corpus too; or probes an encoder.
 
 python scripts/evaluate.py es_test.jsonl                                    # what scripts/transcribe.py wrote
 python scripts/evaluate.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_test.json
 python scripts/evaluate.py st.jsonl --reference translation --metrics bleu chrf
 python scripts/evaluate.py scratch.jsonl --against pretrained.jsonl         # paired difference
+python scripts/evaluate.py runs/slam_stage2/slam_stage2.nemo data/prompts/manifests/es_test.json --probes
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--reference", default="text", help="key of the reference: text (default), or translation")
     how = "; ".join(f"{name}: {what}" for name, what in NORMALISATIONS.items())
     parser.add_argument("--normalise", choices=NORMALISATIONS, default="basic", help=f"default: basic. {how}")
-    parser.add_argument("--by", default="lang", help="key to group by; default: %(default)s")
+    parser.add_argument("--by", nargs="+", default=["lang", "corpus"], help="keys to group by; default: lang corpus")
     parser.add_argument("--against", type=Path, help="other transcripts of the same audio: print theirs minus ours")
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap; default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSON file for the scores")
     parser.add_argument("--batch-size", type=int, default=8, help="with a model; default: %(default)s")
+    parser.add_argument(
+        "--probes",
+        action="store_true",
+        help="with a model: the effective rank of its encoder's output; with one of pre-training its other probes too",
+    )
     options = parser.parse_args(arguments)
+    if options.probes and options.inputs[0].suffix != ".nemo":
+        parser.error("--probes needs a .nemo and manifests")
     if options.inputs[0].suffix == ".nemo" and len(options.inputs) < 2:
         parser.error("a model needs a manifest to transcribe")
     if options.inputs[0].suffix != ".nemo" and len(options.inputs) != 1:
@@ -45,10 +53,10 @@ def transcripts(inputs: list[Path], batch_size: int) -> list[dict[str, Any]]:
 
     if inputs[0].suffix != ".nemo":
         return read_transcripts(inputs[0])
-    from nemo_slam.evaluation.transcription import find_items, restore, transcribe
+    from nemo_slam.evaluation.transcription import answers, restore
 
     model, rows = restore(inputs[0]), []
-    for item in transcribe(model, find_items(inputs[1:]), batch_size):
+    for item in answers(model, inputs[1:], batch_size):
         if item.problem is not None:
             print(f"not scored: {item.problem}", file=sys.stderr)
         else:
@@ -56,15 +64,38 @@ def transcripts(inputs: list[Path], batch_size: int) -> list[dict[str, Any]]:
     return rows
 
 
+def probes(arguments: argparse.Namespace) -> int:
+    """Print (and write) the probes of the first input on the others."""
+    from nemo_slam.evaluation.probing import probe_model
+
+    try:
+        figures = probe_model(arguments.inputs[0], arguments.inputs[1:])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for name, value in figures.items():
+        print(f"{name:<40} {value:.4f}")
+    write(arguments.out, figures)
+    return 0
+
+
+def write(path: Path | None, content: dict[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     arguments = parse_arguments()
+    if arguments.probes:
+        return probes(arguments)
     from nemo_slam.evaluation.scoring import Options, check_references, compare, read_transcripts, score, table
 
     options = Options(
         tuple(arguments.metrics),
         arguments.reference,
         arguments.normalise,
-        arguments.by,
+        tuple(arguments.by),
         arguments.resamples,
         arguments.seed,
     )
@@ -84,9 +115,7 @@ def main() -> int:
         clear = "clear of zero" if d["low"] > 0 or d["high"] < 0 else "not clear of zero"
         interval = f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
         print(f"{metric.upper()} of {arguments.against} minus this: {interval}, {clear} ({d['utterances']} utterances)")
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(arguments.out, result)
     return 0
 
 

@@ -1,9 +1,10 @@
-"""Transcribes (or translates) audio with a fine-tuned model: one JSON line an utterance.
+"""Transcribes, translates or classifies with a fine-tuned model: one JSON line an utterance or text.
 
     python scripts/transcribe.py runs/asr_ctc/asr_ctc.nemo prompt.wav recordings/
     python scripts/transcribe.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_test.json --out es_test.jsonl
 
-Inputs are audio files, folders of them, and NeMo manifests. A file that cannot be read is named on standard error and
+Inputs are audio files, folders of them, and NeMo manifests; for models of mt and text_classification JSON-lines with
+their texts, or text files. A file that cannot be read is named on standard error and
 left out; the others are done, and the exit status is 1.
 """
 
@@ -33,7 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    from nemo_slam.evaluation.transcription import find_items, restore, transcribe, write_line
+    from nemo_slam.evaluation.transcription import answers, restore, write_line
 
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for transcripts alone
@@ -50,14 +51,14 @@ def main() -> int:
         if options.out is not None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             out = files.enter_context(open(options.out, "w", encoding="utf-8"))
-        for item in transcribe(model, find_items(options.inputs), options.batch_size, options.chunk_seconds):
+        for item in answers(model, options.inputs, options.batch_size, options.chunk_seconds):
             if item.problem is not None:
                 failed += 1
                 print(f"error: {item.problem}", file=sys.stderr)
                 continue
             done += 1
             print(write_line(item), file=out, flush=True)
-    print(f"{done} transcribed, {failed} failed", file=sys.stderr)
+    print(f"{done} done, {failed} failed", file=sys.stderr)
     return 1 if failed else 0
 
 

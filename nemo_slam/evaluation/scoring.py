@@ -29,14 +29,14 @@ class Options:
         metrics: of ``text_metrics.METRICS``.
         reference: the key of the lines that holds the reference.
         normalisation: one of ``text_metrics.NORMALISATIONS``, applied to both sides.
-        by: the key to group by (``lang``), or None.
+        by: the keys to group by, one after the other.
         resamples, seed: of the bootstrap.
     """
 
     metrics: tuple[str, ...]
     reference: str = "text"
     normalisation: str = "basic"
-    by: str | None = "lang"
+    by: tuple[str, ...] = ("lang", "corpus")
     resamples: int = 1000
     seed: int = 0
 
@@ -81,13 +81,14 @@ def _counts(metric: str, rows: Sequence[dict[str, Any]], options: Options) -> Co
     return count(metric, *texts)
 
 
-def _groups(rows: Sequence[dict[str, Any]], by: str | None) -> dict[str, list[int]]:
+def _groups(rows: Sequence[dict[str, Any]], by: Sequence[str]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {"all": list(range(len(rows)))}
-    if by is not None:
+    for key in by:
+        found: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
-            groups.setdefault(f"{by}={row.get(by, '?')}", []).append(number)
-        if len(groups) == 2:  # one group beside "all" says the same twice
-            groups = {"all": groups["all"]}
+            found.setdefault(f"{key}={row.get(key, '?')}", []).append(number)
+        if len(found) > 1:  # one group beside "all" says the same twice
+            groups |= found
     return groups
 
 
@@ -122,13 +123,17 @@ def compare(
         ValueError: they have no utterance in common.
     """
 
-    def identity(row: dict[str, Any]) -> tuple[str, float]:
-        return os.path.abspath(row.get("audio_filepath", "")), row.get("offset", 0.0)
+    def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+        if "audio_filepath" in row:
+            return os.path.abspath(row["audio_filepath"]), row.get("offset", 0.0)
+        return tuple(sorted((key, str(value)) for key, value in row.items() if key != "pred_text"))  # texts
 
     second = {identity(row): row for row in others}
     shared = [(row, second[identity(row)]) for row in rows if identity(row) in second]
     if not shared:
-        raise ValueError("the two files have no utterance in common (compared by audio_filepath and offset)")
+        raise ValueError(
+            "the two files have no utterance in common (compared by audio_filepath and offset, texts by all their keys)"
+        )
     first_rows, second_rows = ([pair[i] for pair in shared] for i in (0, 1))
     differences: dict[str, dict[str, float]] = {}
     for metric in options.metrics:

@@ -21,9 +21,12 @@ from nemo_slam.data.manifest import RowError, parse_json, string_value
 if TYPE_CHECKING:
     from nemo.collections.asr.models import ASRModel
 
+    from nemo_slam.finetuning.text_model import TextModel
+
+TEXT_MODELS = "nemo_slam.finetuning."
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph"})
 MANIFEST_SUFFIXES = frozenset({".json", ".jsonl"})
-KEPT_KEYS = ("text", "translation", "lang")
+KEPT_KEYS = ("text", "translation", "lang", "corpus")
 _WINDOW = 512  # utterances that are sorted by length together and held in memory
 
 
@@ -78,7 +81,7 @@ def _manifest_items(manifest: Path) -> Iterator[Item]:
             except (RowError, TypeError, ValueError) as error:
                 yield Item(where, manifest, problem=f"{where}: {error}")
                 continue
-            kept = {key: row[key] for key in KEPT_KEYS if key in row}
+            kept = {"corpus": manifest.stem, **{key: row[key] for key in KEPT_KEYS if key in row}}
             if offset:
                 kept["offset"] = offset
             yield Item(where, path, offset, duration, kept)
@@ -158,25 +161,39 @@ def cut(audio: np.ndarray, seconds: float) -> list[np.ndarray]:
     return [*pieces, audio]
 
 
-def restore(path: str | Path) -> ASRModel:
-    """A speech model from a ``.nemo``, on the GPU if there is one, ready to transcribe.
+def restore(path: str | Path) -> ASRModel | TextModel:
+    """A fine-tuned model from a ``.nemo``, on the GPU if there is one, ready to use.
 
     Raises:
         FileNotFoundError, ValueError: no such file; not a NeMo archive; not a model that transcribes.
     """
     import torch
     from nemo.collections.asr.models import ASRModel
+    from nemo.core.classes import ModelPT
 
     from nemo_slam.finetuning.pretrained import read_config
 
     config = read_config(path)
     target = str(config.get("target"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if target.startswith(TEXT_MODELS):
+        return ModelPT.restore_from(str(path), map_location=device).eval()
     if not target.startswith("nemo.collections.asr.models."):
         raise ValueError(
             f"{path} holds a {target}, which does not transcribe: fine-tune it with scripts/speech_finetune.py first"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return ASRModel.restore_from(str(path), map_location=device).eval()
+
+
+def answers(
+    model: ASRModel | TextModel, inputs: Iterable[str | Path], batch_size: int = 8, chunk_seconds: float = 30.0
+) -> Iterator[Item]:
+    """Transcripts, translations or labels of everything that the inputs hold, by whatever the model reads."""
+    if type(model).__module__.startswith(TEXT_MODELS):
+        from nemo_slam.evaluation.text_answers import answer, find_texts
+
+        return answer(model, find_texts(inputs, list(model.cfg.text_keys)), batch_size)
+    return transcribe(model, find_items(inputs), batch_size, chunk_seconds)
 
 
 def write_line(item: Item) -> str:

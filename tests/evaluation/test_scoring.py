@@ -46,6 +46,19 @@ def test_scores_by_language():
     }
 
 
+def test_scores_by_corpus_too_where_there_are_several():
+    rows = [{**row, "corpus": "one" if number < 2 else "two"} for number, row in enumerate(ROWS)]
+    assert list(score(rows, WER)["groups"]) == ["all", "lang=es", "lang=en", "corpus=one", "corpus=two"]
+    assert list(score(rows[:2], WER)["groups"]) == ["all"]
+
+
+def test_texts_are_paired_by_all_their_keys():
+    rows = [{"text": "good film", "label": "1", "pred_text": "1"}, {"text": "bad film", "label": "0", "pred_text": "1"}]
+    better = [{**row, "pred_text": row["label"]} for row in reversed(rows)]
+    options = Options(("accuracy",), reference="label", normalisation="none", resamples=50)
+    assert compare(rows, better, options)["accuracy"]["value"] == 50.0
+
+
 def test_difference_is_taken_on_shared_utterances():
     better = [{**row, "pred_text": row["text"]} for row in ROWS[:2]]
     difference = compare(ROWS, better, WER)["wer"]

@@ -49,6 +49,7 @@ def test_files_folders_and_manifests_in_order_with_errors_beside(tmp_path):
         "duration": 0.25,
         "text": "hola",
         "lang": "es",
+        "corpus": "m",
         "offset": 0.25,
         "pred_text": "0.25",
     }
