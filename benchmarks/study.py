@@ -141,7 +141,9 @@ def run(step: Step, state: Path) -> None:
     """
     shown = shlex.join(["python", f"scripts/{step.script}", *step.arguments])
     file = state / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
-    note = json.loads(file.read_text()) if file.is_file() else {"command": shown, "seconds": 0.0, "done": False}
+    note: dict[str, Any] = {"command": shown, "seconds": 0.0, "done": False}
+    if file.is_file():
+        note = json.loads(file.read_text())
     if note["command"] != shown:
         sys.exit(f"study: {step.name} was begun with other settings:\n  {note['command']}\nGive another --folder")
     if note["done"] and step.output.is_file():
@@ -184,7 +186,8 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
 
     from nemo_slam.evaluation.comparison import compare_arms
 
-    folder, found = options.folder, {}
+    folder: Path = options.folder
+    found: dict[str, Any] = {}
     for task in options.tasks:
         reference = {"asr": "text", "st": "translation"}[task]
         for labels in LABELS[task]:
@@ -200,12 +203,12 @@ def results(options: argparse.Namespace) -> dict[str, Any]:
                 table[arm]["effective_rank"] = sum(ranks) / len(ranks)
             found[f"{task}, {labels} labels"] = table
     notes = {file.stem: json.loads(file.read_text()) for file in sorted((folder / "state").glob("*.json"))}
-    ranks = {arm: json.loads((folder / "probes" / f"{arm}.json").read_text()) for arm in ARMS if arm in options.arms}
+    before = {arm: json.loads((folder / "probes" / f"{arm}.json").read_text()) for arm in ARMS if arm in options.arms}
     return {
         "seeds": options.seeds,
         "steps": vars(QUICK if options.quick else Size()),
         "environment": describe(),
-        "rank_before_finetuning": {arm: probes["effective_rank"] for arm, probes in ranks.items()},
+        "rank_before_finetuning": {arm: probes["effective_rank"] for arm, probes in before.items()},
         "tables": found,
         "commands": notes,
     }

@@ -84,18 +84,16 @@ def windows(stretches: Sequence[tuple[float, float]], seconds: float) -> Iterato
     >>> list(windows([(0.0, 4.0), (4.5, 9.0), (12.0, 33.0)], 10.0))
     [(0.0, 9.0), (12.0, 19.0), (19.0, 26.0), (26.0, 33.0)]
     """
-    begin = end = None
+    joined: list[tuple[float, float]] = []
     for start, stop in sorted(stretches):
         if stop <= start:
             continue
-        if begin is not None and stop - begin <= seconds and start - end <= LONGEST_GAP:
-            end = stop
-            continue
-        if begin is not None:
-            yield from _cut(begin, end, seconds)
-        begin, end = start, stop
-    if begin is not None:
-        yield from _cut(begin, end, seconds)
+        if joined and stop - joined[-1][0] <= seconds and start - joined[-1][1] <= LONGEST_GAP:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    for start, stop in joined:
+        yield from _cut(start, stop, seconds)
 
 
 def _cut(start: float, end: float, seconds: float) -> Iterator[tuple[float, float]]:
