@@ -27,6 +27,7 @@ RUNS ?= $(EXP_DIR)/$(NAME)
 ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
+NODES ?= 2
 
 # Tried in this order; the first that is 3.10 or newer and can make virtual environments. 3.11 is what the tests run on.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3 python3.10)
@@ -34,7 +35,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo report docs test lint format clean distclean
+.PHONY: help setup data pretrain demo report docs test cluster-test image-test lint format clean distclean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -103,6 +104,14 @@ docs: setup  ## the documentation as a site, in site/
 # One thread in each test process: the tests are small, and more processes than cores slow each other down.
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+# Machines are network namespaces of this one. NODES=2,4 for both sizes; each takes some minutes on two cores.
+cluster-test: setup  ## several machines, one killed, one slow; needs root and iproute2
+	NEMO_SLAM_CLUSTER="$(NODES)" OMP_NUM_THREADS=1 $(RUN) -m pytest tests/cluster -s $(PYTEST_ARGS)
+
+# Without a Docker daemon and without a GPU, on a plain Debian base. About half an hour on two cores, 15 GB of disk.
+image-test:  ## build the Dockerfile, then train a step and run the tests inside; needs root, buildah and debootstrap
+	docker/test_image.sh
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

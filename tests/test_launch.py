@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "scripts/launch"
-SHELL = [LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch"]
+SHELL = [LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch", ROOT / "docker/test_image.sh"]
 
 
 def tool(name: str) -> str:
