@@ -40,8 +40,8 @@ def implementation(name: str, device: torch.device) -> str:
     return f"torch {name}"
 
 
-class FastestAdamW(torch.optim.AdamW):
-    """AdamW: NVIDIA apex's ``FusedAdam`` on a GPU where apex is installed, else torch's, fused on a GPU.
+class FastestAdamW:
+    """Makes AdamW: NVIDIA apex's ``FusedAdam`` on a GPU where apex is installed, else torch's, fused on a GPU.
 
     Decoupled weight decay in either; with a decay of 0 this is Adam. The optimizer's state is float32, as the weights
     are.
@@ -51,7 +51,7 @@ class FastestAdamW(torch.optim.AdamW):
         groups = list(params)
         if implementation(NAME, _device(groups)) == "NVIDIA apex FusedAdam":
             return _apex_class()(groups, adam_w_mode=True, **options)
-        return super().__new__(cls)
+        return TorchAdamW(groups, **options)
 
     def __init__(
         self,
@@ -61,11 +61,15 @@ class FastestAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        groups = list(params)
-        fused = _device(groups).type == "cuda"
-        super().__init__(
-            groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay, fused=fused or None
-        )
+        """Says what there is to set; it never runs, since what is made is no instance of this class."""
+
+
+class TorchAdamW(torch.optim.AdamW):
+    """torch's, fused on a GPU."""
+
+    def __init__(self, params: list[Any], betas: tuple[float, float] = (0.9, 0.999), **options: Any):
+        fused = True if _device(params).type == "cuda" else None
+        super().__init__(params, betas=(betas[0], betas[1]), fused=fused, **options)
         # A fused optimizer claims that it divides by a loss scale itself, at which Lightning refuses to clip. There is
         # no loss scale in bfloat16 (the guard refuses 16-mixed).
         self._step_supports_amp_scaling = False
