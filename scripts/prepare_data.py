@@ -57,6 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     lhotse.add_argument("--part", default="train", help="names the manifest; default: %(default)s")
     lhotse.add_argument("--lang", help="the rows' language; default: the supervisions' own")
     lhotse.add_argument("--lower", action="store_true", help="write the texts in lower case")
+    parser.epilog = "\n".join(corpus.format_usage().removeprefix("usage: ") for corpus in corpora.choices.values())
     return parser.parse_args(arguments)
 
 
