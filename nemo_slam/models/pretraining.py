@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
 from nemo_slam.data.batch import StepBatch
+from nemo_slam.models.augmentation import add_noise
 from nemo_slam.models.settings import ModelSettings, model_settings
 from nemo_slam.models.step import Encoders, StepOutputs, StepSettings, run_step
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
@@ -198,6 +199,10 @@ class SLAMPretrainingModel(ModelPT, Encoders):
     def forward(self, batch: StepBatch) -> StepOutputs:
         """Everything that the objectives read, for one micro-batch."""
         features, frames = self.features(batch)
+        noisy, augmentation = None, self.settings.augmentation
+        if augmentation is not None and self.training and batch.speech is not None:
+            speech = add_noise(batch.speech, augmentation, self.randomness, self.kernels)
+            noisy, _ = self.features(StepBatch(batch.step, speech=speech))
         return run_step(
             self,
             features,
@@ -208,6 +213,7 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             StepSettings(self.kernels, self.settings.pad_multiple, self.settings.max_positions),
             self.settings.mask_vector.std if self.mask_vector is None else self.mask_vector,
             self._trainer.global_step if self._trainer is not None else 0,
+            noisy,
         )
 
     def losses(self, batch: StepBatch) -> tuple[Tensor, ObjectiveOutput, StepOutputs]:

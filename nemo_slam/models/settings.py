@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_slam.config import parse, unknown_key
+from nemo_slam.models.augmentation import AugmentationConfig
 from nemo_slam.models.masking import MaskVectorConfig
 from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoderConfig
@@ -105,6 +106,7 @@ class ModelSettings(EncoderSettings):
         pad_multiple: packed rows are rounded up to a multiple of this.
         quantizer: the trained one of w2v-BERT, or null.
         random_projection: the frozen one of BEST-RQ in its place, or null.
+        augmentation: noise on masked speech's input, or null.
         max_positions: upper limit of packed rows in one micro-batch of the multimodal encoder, or null.
     """
 
@@ -112,6 +114,7 @@ class ModelSettings(EncoderSettings):
     quantizer: GumbelQuantizerConfig | None = field(default_factory=GumbelQuantizerConfig)
     random_projection: RandomProjectionConfig | None = None
     mask_vector: MaskVectorConfig = field(default_factory=MaskVectorConfig)
+    augmentation: AugmentationConfig | None = None
     speech_loss: SpeechLossConfig = field(default_factory=SpeechLossConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)
     max_positions: int | None = None
@@ -121,6 +124,8 @@ class ModelSettings(EncoderSettings):
             raise ValueError("objectives: none is enabled; a stage needs at least one")
         if (self.quantizer is None) == (self.random_projection is None):
             raise ValueError("exactly one of quantizer and random_projection must be given, the other be null")
+        if self.augmentation is not None and self.objectives.masked_speech is None:
+            raise ValueError("augmentation is of masked_speech's input, which objectives leaves out: set it to null")
         trained = self.speech_loss.contrastive_weight != 0 or self.speech_loss.diversity_weight != 0
         if self.random_projection is not None and trained:
             raise ValueError(

@@ -64,7 +64,7 @@ class StepOutputs:
     Attributes:
         mel: log-mel (B, F, T) of the speech stream's utterances, then the pairs'.
         mel_lengths: (B,) their 10 ms frames, on the CPU.
-        features: unmasked subsampled features in the speech layout (N_s, D).
+        features: unmasked subsampled features of the clean audio in the speech layout (N_s, D).
         contexts: output of the speech encoder's layers (N_s, D).
         tokens: uncorrupted token ids in the text layout (N_t,).
         hidden: output of the multimodal encoder (N, D).
@@ -147,6 +147,7 @@ def run_step(
     settings: StepSettings,
     mask_vector: Tensor | float,
     optimizer_step: int,
+    noisy: Tensor | None = None,
 ) -> StepOutputs:
     """Mask, encode, pack and encode again.
 
@@ -156,6 +157,8 @@ def run_step(
         batch: the streams' examples.
         objectives: those of the stage; their inputs decide what is encoded.
         mask_vector: the learned vector (D,), or the standard deviation of random ones.
+        noisy: (B', F, T) log-mel of the speech stream's utterances to encode in the place of the clean, which stay the
+            targets.
     """
     device = features.device
     speech_inputs = [request for objective in objectives for request in objective.speech]
@@ -166,7 +169,12 @@ def run_step(
     packed_speech = _pack_speech(speech_inputs, batch, subsampled_lengths(frames), device, settings)
     unmasked = gather_rows(subsampled, packed_speech.gather)
     speech_masks = sample_masks(packed_speech, speech_inputs, batch, randomness, settings.kernels)
-    rows, masked_speech = mask_speech(unmasked, speech_masks, randomness, settings.kernels, mask_vector)
+    heard = unmasked
+    if noisy is not None:
+        clean = int(subsampled_lengths(frames[: len(noisy)]).sum())
+        rows = encoders.speech_encoder.subsample(noisy, frames[: len(noisy)])
+        heard = gather_rows(torch.cat([rows, subsampled[clean:]]), packed_speech.gather)
+    rows, masked_speech = mask_speech(heard, speech_masks, randomness, settings.kernels, mask_vector)
     contexts, projected = encoders.speech_encoder(rows, packed_speech.layout)
 
     encoded = EncodedSpeech(contexts, packed_speech, encoders.text_encoder, batch, randomness, settings)
