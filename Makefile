@@ -35,7 +35,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo report docs test cluster-test image-test lint format clean distclean
+.PHONY: help setup data pretrain demo study report docs test cluster-test image-test lint format clean distclean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -93,6 +93,9 @@ pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; 
 
 demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, a stock NeMo model, transcripts
 	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)/demo" $(ARGS)
+
+study: setup data  ## does pre-training help? several arms and seeds, hours on two cores; again: go on
+	@$(RUN) benchmarks/study.py $(ARGS)
 
 report: setup  ## report.html of a run (RUNS="DIR ..." for others): health, curves, examples
 	@$(RUN) scripts/report.py $(RUNS)
