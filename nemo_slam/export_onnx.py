@@ -1,6 +1,6 @@
 """The encoder, or a CTC model, as ONNX: log-mel frames in, encoder frames or log-probabilities out.
 
-Needs the packages onnx and onnxscript.
+Needs the extra ``onnx``.
 """
 
 from __future__ import annotations
