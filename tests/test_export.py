@@ -59,3 +59,92 @@ def test_only_ctc_models_become_ctc_in_onnx(source, tmp_path):
         export_onnx(source, "encoder", tmp_path / "x.nemo")
     with pytest.raises(ValueError, match="'decoder' is not one of encoder, ctc"):
         export_onnx(source, "decoder", tmp_path / "x.onnx")
+
+
+class Bomb:
+    """Pickles into a call that leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        import os
+
+        return os.system, (f"touch {self.path}",)
+
+
+def hostile(good, path, weights=None, extra=()):
+    """A copy of a .nemo with other weights, and members with the names in ``extra``."""
+    import io
+    import tarfile
+
+    with tarfile.open(good) as source, tarfile.open(path, "w") as target:
+        for member in source:
+            if not member.isfile():
+                continue
+            content = source.extractfile(member).read()
+            if weights is not None and member.name.endswith("model_weights.ckpt"):
+                content, member.size = weights, len(weights)
+            target.addfile(member, io.BytesIO(content))
+        for name in extra:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            target.addfile(info, io.BytesIO(b"x"))
+    return path
+
+
+def test_hostile_archives_run_and_write_nothing(source, tokenizer, tmp_path):
+    """A pickle for weights, and names that leave the folder, by every door that takes a .nemo."""
+    import contextlib
+    import io
+    import pickle
+    import tarfile
+
+    from nemo_slam.evaluation.probing import probe_model
+    from nemo_slam.evaluation.transcription import restore
+    from nemo_slam.export_onnx import export_onnx
+
+    good = tmp_path / "ctc.nemo"
+    export_nemo(source, "ctc", tokenizer, good)
+    marker, outside = tmp_path / "ran", tmp_path / "outside"
+    buffer = io.BytesIO()
+    torch.save({"encoder.x": Bomb(marker)}, buffer)
+    torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    assert marker.exists()  # the bomb works where pickles are run
+    marker.unlink()
+
+    doors = [
+        restore,
+        lambda path: export_nemo(path, "ctc", tokenizer, tmp_path / "x.nemo"),
+        lambda path: export_onnx(path, "encoder", tmp_path / "x.onnx"),
+        lambda path: probe_model(path, []),
+    ]
+    for weights in (buffer.getvalue(), pickle.dumps(Bomb(marker))):
+        bomb = hostile(good, tmp_path / "bomb.nemo", weights=weights)
+        for door in doors:
+            with pytest.raises(Exception, match=r"(?i)weights|unpickl|pickle|archive|magic"):
+                door(bomb)
+            assert not marker.exists()
+
+    walk = hostile(good, tmp_path / "walk.nemo", extra=(f"../../../../../..{outside}", str(outside)))
+    for door in doors[:2]:
+        with contextlib.suppress(tarfile.TarError, ValueError, RuntimeError):
+            door(walk)  # refused, or restored without those members: never written
+        assert not outside.exists()
+
+
+def test_a_nemo_restores_on_a_cpu_as_any_stock_model(source, tokenizer, tmp_path):
+    """In a process that imports nemo_slam and nothing else of ours."""
+    import subprocess
+    import sys
+
+    export_nemo(source, "ctc", tokenizer, tmp_path / "ctc.nemo")
+    script = (
+        "import nemo_slam, numpy as np\n"
+        "from nemo.collections.asr.models import ASRModel\n"
+        f"model = ASRModel.restore_from({str(tmp_path / 'ctc.nemo')!r}, map_location='cpu')\n"
+        "print(type(model).__name__, len(model.transcribe([np.zeros(16000, np.float32)], verbose=False)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["EncDecCTCModelBPE", "1"]
