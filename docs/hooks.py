@@ -150,31 +150,29 @@ def keys(text: str) -> list[tuple[str, str, str]]:
     >>> keys("# All.\\na:\\n  # Why.\\n  b: 1  # how much\\n")
     [('a.b', '1', 'Why. how much')]
     """
-    lines = text.splitlines()
+    lines, head = text.splitlines(), len(_leading_comment(text))
     found: list[tuple[str, str, str]] = []
 
-    def comment(first: int, last: int, top: bool) -> str:
-        above = []
-        at = first - 1
-        while at >= 0 and lines[at].lstrip().startswith("#") and not (top and at < len(_leading_comment(text))):
+    def comment(key: yaml.Node, end: int) -> str:
+        """What stands above the key's line, and in its line after the character ``end``."""
+        at, above = key.start_mark.line - 1, []
+        while at >= head and lines[at].lstrip().startswith("#"):
             above.insert(0, lines[at].strip().lstrip("# "))
             at -= 1
-        beside = re.search(r"\s#\s+(.*)$", lines[last])
+        beside = re.search(r"\s#\s*(.*)$", text[end:].partition("\n")[0])
         return " ".join([*above, *([beside[1]] if beside else [])])
 
     def walk(node: yaml.Node, prefix: str, inherited: str) -> None:
         assert isinstance(node, yaml.MappingNode)
         for key, value in node.value:
-            name, last = f"{prefix}{key.value}", value.start_mark.line
-            own = comment(
-                key.start_mark.line, last if isinstance(value, yaml.ScalarNode) else key.start_mark.line, True
-            )
-            if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
-                walk(value, f"{name}.", own)
-            else:
-                written = " ".join(text[value.start_mark.index : value.end_mark.index].split())
-                found.append((name, written, " ".join(part for part in (inherited, own) if part)))
-                inherited = ""
+            name = f"{prefix}{key.value}"
+            if isinstance(value, yaml.MappingNode) and value.value:
+                walk(value, f"{name}.", "" if value.flow_style else comment(key, key.end_mark.index))
+                continue
+            written = " ".join(text[value.start_mark.index : value.end_mark.index].split())
+            own = comment(key, value.end_mark.index)
+            found.append((name, written, " ".join(part for part in (inherited, own) if part)))
+            inherited = ""
 
     root = yaml.compose(text)
     if isinstance(root, yaml.MappingNode):
