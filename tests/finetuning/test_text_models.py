@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from nemo.core.classes import ModelPT
 
-from nemo_slam.data.bad_rows import EmptyStreamError
+from nemo_slam.data.bad_rows import DataError, EmptyStreamError
 from nemo_slam.finetuning.finetune import finetune
 from nemo_slam.finetuning.loader import TrainingDataset
 from nemo_slam.finetuning.text_encoder import SLAMTextEncoder
