@@ -74,7 +74,6 @@ def main(config_path: str, config_name: str) -> Callable[[Callable[[DictConfig],
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
         shortens = _FULL_ERROR not in os.environ
 
-        @functools.wraps(function)
         def run(cfg: DictConfig) -> None:
             if shortens:  # from here on Hydra shortens tracebacks as usual
                 os.environ.pop(_FULL_ERROR, None)
@@ -83,6 +82,7 @@ def main(config_path: str, config_name: str) -> Callable[[Callable[[DictConfig],
             except ConfigError as error:
                 sys.exit(f"error: {error}")
 
+        functools.update_wrapper(run, function)
         # Hydra takes the job's name from where the function was written.
         run.__code__ = run.__code__.replace(co_filename=function.__code__.co_filename)
         entry = hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(run)

@@ -164,6 +164,31 @@ class SLAMPretrainingModel(ModelPT, Encoders):
                 assert self.text_loss is not None
                 self.text_loss.set_unigram(name, counts[objective.streams[0]])
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint of another architecture is refused before anything is loaded: a resume takes all or nothing.
+
+        Raises:
+            ValueError: names or shapes differ.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if "state_dict" not in checkpoint:  # in shards: the strategy loads them, and checks names and shapes itself
+            return
+        own, saved = self.state_dict(), checkpoint["state_dict"]
+        wrong = [f"{name} is not in it" for name in own if name not in saved]
+        wrong += [f"{name} is only in it" for name in saved if name not in own]
+        wrong += [
+            f"{name} is {tuple(saved[name].shape)} in it and {tuple(own[name].shape)} in this model"
+            for name in own
+            if name in saved and saved[name].shape != own[name].shape
+        ]
+        if wrong:
+            more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(
+                f"the checkpoint to resume from is of another architecture: {'; '.join(wrong[:3])}{more}. Put the "
+                "model's settings back, or give the run another name (name=...) and start it from those weights with "
+                "init_from"
+            )
+
     # ---- data
     # -------------------------------------------------------------------------------------------------------------
 

@@ -163,7 +163,12 @@ def pretrain(cfg: DictConfig) -> Path:
     started = time.perf_counter()
     seed_everything(cfg.seed, verbose=False)
     run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
-    run_folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run_folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the run folder {run_folder} cannot be made ({error.strerror}): name another with exp_manager.exp_dir"
+        ) from error
     others: list[Callback] = [] if cfg.guard is None else [StepGuard(run_folder, **cfg.guard)]
     if cfg.probes:
         others.append(Probes())
@@ -207,7 +212,9 @@ def pretrain(cfg: DictConfig) -> Path:
         logging.info(start_up_table(trainer, model, numbers, train))
 
     validated = {f"validation {name}": stream.index.meta["digest"] for name, stream in validation.items()}
-    trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated})))
+    # A rank that does not see the others' checkpoints would start from the beginning: nodes without a shared folder.
+    found = {"resume from step": None if resume is None else resume[0]}
+    trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated, **found})))
     with memory_advice(cfg), name_lost_ranks():
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
 

@@ -174,6 +174,31 @@ def test_starting_from_another_architecture_is_refused(pretrain_config):
         module.pretrain(pretrain_config(2, "name=other", other, f"init_from={first}/slam_stage1.nemo"))
 
 
+def test_resuming_with_another_architecture_is_refused(pretrain_config):
+    module.pretrain(pretrain_config(1, "trainer.max_steps=1", "checkpoint.every_n_steps=1"))
+    wider = "model.conformer={d_model: 48, d_ff: 64, n_heads: 2, conv_norm_groups: 4, dropout: 0.1}"
+    message = r"another architecture: .* is \(.*\) in it and \(.*\) in this model.*name=.*init_from"
+    with pytest.raises(ValueError, match=message):
+        module.pretrain(pretrain_config(1, wider))
+    with pytest.raises(ValueError, match=r"another architecture: .* is not in it"):
+        module.pretrain(pretrain_config(1, "model.multimodal_encoder.num_layers=2"))
+
+
+def test_the_run_folder_cannot_be_made(pretrain_config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/runs.*cannot be made.*exp_manager.exp_dir"):
+        module.pretrain(pretrain_config(1, f"exp_manager.exp_dir={tmp_path}/file/runs"))
+
+
+def test_ranks_must_find_the_same_checkpoint(pretrain_config, monkeypatch):
+    """Nodes without a shared folder: the step that each would resume from is among what ranks compare."""
+    found = []
+    monkeypatch.setattr(module.Agreement, "__init__", lambda self, own: found.append(own["data.resume from step"]))
+    for steps_to_take in (4, 5):
+        module.pretrain(pretrain_config(1, f"trainer.max_steps={steps_to_take}"))
+    assert found == [None, 4]
+
+
 def test_accumulation_may_change_between_runs(pretrain_config, monkeypatch):
     """Each step still reads its own batch: the ids that a step sees do not depend on how it is cut."""
     seen = {}
