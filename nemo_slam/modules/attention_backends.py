@@ -53,12 +53,13 @@ def sdpa(qkv: Tensor, layout: SequenceLayout, dropout: float) -> Tensor:
         return qkv.sum(1) * 0  # a batch without sequences: zeros that keep qkv in the graph
     heads, size = qkv.shape[2:]
     outputs = []
-    gathered = to_blocks(qkv.flatten(1), layout.inverse, [block.index for block in layout.blocks])
+    gathered = to_blocks(qkv.flatten(1), layout.inverse, layout.num_valid, [block.index for block in layout.blocks])
     for block, rows in zip(layout.blocks, gathered, strict=True):
-        query, key, value = rows.view(block.size, block.width, 3, heads, size).permute(2, 0, 3, 1, 4)
+        parts = rows.view(block.size, block.width, 3, heads, size).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=block.mask, dropout_p=dropout)
         outputs.append(out.transpose(1, 2).reshape(-1, heads, size))
-    return from_blocks(outputs, layout.inverse)
+    return from_blocks(outputs, layout.inverse, layout.num_valid)
 
 
 @functools.lru_cache

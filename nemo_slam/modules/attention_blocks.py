@@ -9,6 +9,7 @@ Shapes: N packed rows, B sequences of a block, T their longest length.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,48 +113,55 @@ def _plan(layout: SequenceLayout) -> BlockPlan:
     return BlockPlan(tuple(blocks), torch.as_tensor(inverse).to(device))
 
 
+def _gather(blocks: Sequence[Tensor], inverse: Tensor, valid: int) -> Tensor:
+    """Places (P, ...) in blocks -> rows (N, ...), zeros for those from ``valid`` on."""
+    places = blocks[0] if len(blocks) == 1 else torch.cat(list(blocks))
+    rows = places.new_empty(len(inverse), *places.shape[1:])
+    torch.index_select(places, 0, inverse[:valid], out=rows[:valid])
+    rows[valid:] = 0
+    return rows
+
+
 class _ToBlocks(torch.autograd.Function):
     """Rows to blocks. Its gradient is a gather too: autograd's own for a gather is a slower, unordered sum, and would
     add what a kernel leaves in the padding to row 0."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, inverse: Tensor, *indices: Tensor):
+    def forward(ctx, rows: Tensor, inverse: Tensor, valid: int, *indices: Tensor):
         ctx.save_for_backward(inverse)
+        ctx.valid = valid
         return tuple(rows.index_select(0, index) for index in indices)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor):
         (inverse,) = ctx.saved_tensors
-        zero = grads[0].new_zeros(1, *grads[0].shape[1:])
-        return torch.cat([*grads, zero]).index_select(0, inverse), None, *[None] * len(grads)
+        return _gather(grads, inverse, ctx.valid), None, None, *[None] * len(grads)
 
 
 class _FromBlocks(torch.autograd.Function):
     """Blocks to rows, zeros for the tail; padding gets a gradient of zero."""
 
     @staticmethod
-    def forward(ctx, inverse: Tensor, *blocks: Tensor):
+    def forward(ctx, inverse: Tensor, valid: int, *blocks: Tensor):
         ctx.save_for_backward(inverse)
-        ctx.sizes = [len(block) for block in blocks]
-        zero = blocks[0].new_zeros(1, *blocks[0].shape[1:])
-        return torch.cat([*blocks, zero]).index_select(0, inverse)
+        ctx.valid, ctx.sizes = valid, [len(block) for block in blocks]
+        return _gather(blocks, inverse, valid)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
         (inverse,) = ctx.saved_tensors
-        places = grad.new_zeros(sum(ctx.sizes) + 1, *grad.shape[1:])
-        # Every place but the last, which all tail rows share and which is dropped, is written once.
-        places.index_copy_(0, inverse, grad)
-        return None, *places[:-1].split(ctx.sizes)
+        places = grad.new_zeros(sum(ctx.sizes), *grad.shape[1:])
+        places.index_copy_(0, inverse[: ctx.valid], grad[: ctx.valid])
+        return None, None, *places.split(ctx.sizes)
 
 
-def to_blocks(rows: Tensor, inverse: Tensor, indices: list[Tensor]) -> tuple[Tensor, ...]:
-    """Rows (N, ...) -> one (B * T, ...) for each index; there must be one."""
-    return _ToBlocks.apply(rows, inverse, *indices)
+def to_blocks(rows: Tensor, inverse: Tensor, valid: int, indices: list[Tensor]) -> tuple[Tensor, ...]:
+    """Rows (N, ...), of which the first ``valid`` are no tail -> one (B * T, ...) for each index; there must be one."""
+    return _ToBlocks.apply(rows, inverse, valid, *indices)
 
 
-def from_blocks(blocks: list[Tensor], inverse: Tensor) -> Tensor:
-    """One (B * T, ...) for each block -> rows (N, ...); there must be one."""
-    return _FromBlocks.apply(inverse, *blocks)
+def from_blocks(blocks: list[Tensor], inverse: Tensor, valid: int) -> Tensor:
+    """One (B * T, ...) for each block -> rows (N, ...), zeros from ``valid`` on; there must be one."""
+    return _FromBlocks.apply(inverse, valid, *blocks)

@@ -41,7 +41,7 @@ class TransformerEngineAttention(dict[str, fp8.Borrower]):
         if not plan.blocks:
             return qkv.sum(1) * 0  # a batch without sequences: zeros that keep qkv in the graph
         indices = [block.index for block in plan.blocks]
-        parts = [to_blocks(part, plan.inverse, indices) for part in qkv.unbind(1)]
+        parts = [to_blocks(part, plan.inverse, layout.num_valid, indices) for part in qkv.unbind(1)]
         outputs = []
         for block, *rows in zip(plan.blocks, *parts, strict=True):
             query, key, value = (x.view(block.size, block.width, self.heads, self.head_size) for x in rows)
@@ -58,4 +58,4 @@ class TransformerEngineAttention(dict[str, fp8.Borrower]):
                 max_seqlen_kv=block.width,
             )
             outputs.append(out.reshape(-1, self.heads, self.head_size))
-        return from_blocks(outputs, plan.inverse)
+        return from_blocks(outputs, plan.inverse, layout.num_valid)

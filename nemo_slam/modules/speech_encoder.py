@@ -34,13 +34,30 @@ class SpeechEncoderConfig:
     num_layers: int = 8
 
 
+def lay_in_lines(slots: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Lay slots end to end in lines as long as the longest, the longest first, each where it fits first.
+
+    *Shape:* slots (B,) -> starts (B,) in lines laid end to end; number of lines, and their length.
+
+    >>> lay_in_lines(np.array([8, 4, 12, 4]))
+    (array([12, 20,  0, 24]), 3, 12)
+    """
+    width = int(slots.max(initial=4))
+    starts = np.zeros(len(slots), np.int64)
+    free = np.full(len(slots), width, np.int64)
+    for i in np.argsort(-slots, kind="stable"):
+        line = int(np.argmax(free >= slots[i]))
+        starts[i] = (line + 1) * width - free[line]
+        free[line] -= slots[i]
+    return starts, max(int((free < width).sum()), 1), width
+
+
 class PackedConvSubsampling(ConvSubsampling):
-    """NeMo's ``ConvSubsampling("striding")`` on utterances laid end to end in one image.
+    """NeMo's ``ConvSubsampling("striding")`` on utterances laid end to end in the lines of an image.
 
     Each utterance starts on a multiple of 4 frames and at least 3 zero frames follow it, so that no 3 x 3 kernel of
     stride 2 reaches a neighbour; what the first convolution leaves in those gaps is zeroed before the second. The
-    result equals
-    NeMo's on each utterance alone, without computing padding.
+    result equals NeMo's on each utterance alone, and hardly any padding is computed.
     """
 
     def __init__(self, feat_in: int, d_model: int, conv_channels: int):
@@ -53,22 +70,23 @@ class PackedConvSubsampling(ConvSubsampling):
         """*Shape:* features (B, F, T), lengths (B,) frames -> rows (sum of subsampled lengths, D)."""
         lengths = np.asarray(lengths, np.int64)
         batch, mels, width = features.shape
-        slots = (lengths + 3 + 3) // 4 * 4
-        starts = np.cumsum(slots) - slots
-        total = max(int(slots.sum()), 4)
+        starts, lines, slots = lay_in_lines((lengths + 3 + 3) // 4 * 4)
+        total = lines * slots
 
         frames = np.full(total, batch * width, np.int64)
         frames[ranges(starts, lengths)] = ranges(np.arange(batch) * width, lengths)
         source = torch.cat([features.transpose(1, 2).reshape(-1, mels), features.new_zeros(1, mels)])
-        image = source.index_select(0, torch.as_tensor(frames).to(features.device))[None, None]
+        image = source.index_select(0, torch.as_tensor(frames).to(features.device)).view(lines, 1, slots, mels)
 
         first, activation, second, last = self.conv
         half_valid = np.zeros(total // 2, bool)
         half_valid[ranges(starts // 2, -(-lengths // 2))] = True
-        image = activation(first(image)) * torch.as_tensor(half_valid).to(image.device)[:, None]
+        gaps = torch.as_tensor(half_valid).to(image.device).view(lines, 1, -1, 1)
+        # The gaps are zeroed before the activation, in place: to the same effect, and no copy of the largest tensor.
+        image = activation(first(image).mul_(gaps))
         image = last(second(image))
         kept = torch.as_tensor(ranges(starts // 4, subsampled_lengths(lengths))).to(image.device)
-        rows = image.squeeze(0).transpose(0, 1).flatten(1).index_select(0, kept)
+        rows = image.transpose(1, 2).reshape(total // 4, -1).index_select(0, kept)
         return self.out(rows)
 
 

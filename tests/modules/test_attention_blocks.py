@@ -63,8 +63,8 @@ def test_gathers_have_the_gradient_of_plain_indexing(lengths):
     plan = bounded_blocks(layout)
     rows = torch.randn(layout.num_rows, 2, dtype=torch.float64, requires_grad=True)
     indices = [block.index for block in plan.blocks]
-    blocks = to_blocks(rows, plan.inverse, indices)
-    back = from_blocks([block.square() for block in blocks], plan.inverse)
+    blocks = to_blocks(rows, plan.inverse, layout.num_valid, indices)
+    back = from_blocks([block.square() for block in blocks], plan.inverse, layout.num_valid)
     weight = torch.randn_like(back)
     (ours,) = torch.autograd.grad((back * weight).sum(), rows)
     valid = (torch.arange(layout.num_rows) < layout.num_valid)[:, None]
@@ -77,7 +77,7 @@ def test_what_lies_in_the_padding_reaches_no_row():
     layout = SequenceLayout.build(np.array([3, 70]), multiple=4)
     plan = bounded_blocks(layout)
     rows = torch.randn(layout.num_rows, 2, requires_grad=True)
-    blocks = to_blocks(rows, plan.inverse, [block.index for block in plan.blocks])
+    blocks = to_blocks(rows, plan.inverse, layout.num_valid, [block.index for block in plan.blocks])
     torch.autograd.backward(
         blocks,
         [
