@@ -25,7 +25,8 @@ class ParallelConfig:
     strategy: ``ddp``, all weights on every GPU, or ``fsdp2``, weights, gradients and optimizer state in shards: for a
         model that does not fit otherwise.
     bucket_megabytes: gradients that DDP sums in one message.
-    static_graph: tells DDP that all steps use the same parameters, which they do: every rank runs every module.
+    static_graph: tells DDP that all steps use the same parameters, which they do: every rank runs every module. Null:
+        where gradients are not accumulated. With accumulation DDP fails at it (an internal assertion, seen in 2.13).
     gradient_as_bucket_view: gradients lie in DDP's messages, instead of being copied there.
     timeout_seconds: a message between ranks that takes longer ends the run. Longer than any pause that is no fault,
         such as the writing of a checkpoint.
@@ -33,7 +34,7 @@ class ParallelConfig:
 
     strategy: str = "ddp"
     bucket_megabytes: int = 25
-    static_graph: bool = True
+    static_graph: bool | None = None
     gradient_as_bucket_view: bool = True
     timeout_seconds: int = 1800
 
@@ -65,9 +66,15 @@ def make_strategy(config: ParallelConfig, trainer: DictConfig) -> Strategy | str
         return ShardedStrategy(processes(trainer), timeout)
     if processes(trainer) == 1:
         return "auto"
+    accumulates = int(trainer["accumulate_grad_batches"]) > 1
+    if config.static_graph and accumulates:
+        raise ValueError(
+            "parallel.static_graph=true does not go with trainer.accumulate_grad_batches above 1, where "
+            "DistributedDataParallel fails: use null or false"
+        )
     return DDPStrategy(
         bucket_cap_mb=config.bucket_megabytes,
-        static_graph=config.static_graph,
+        static_graph=not accumulates if config.static_graph is None else config.static_graph,
         gradient_as_bucket_view=config.gradient_as_bucket_view,
         timeout=timeout,
     )

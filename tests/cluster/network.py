@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -27,12 +28,12 @@ class Node:
 
     def __init__(self, number: int, name: str):
         self.number, self.name, self.address = number, name, f"{SUBNET}.{number}"
+        self.settings = Path("/etc/netns") / name  # what lies there stands in place of /etc on this machine
 
     def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
         """A command on this machine; its output goes to ``log``."""
         inside = ["ip", "netns", "exec", self.name, "unshare", "--uts", "bash", "-c"]
         inside += [f'hostname {self.name}; exec "$@"', "bash", *command]
-        # No name service inside: torchrun and gloo are told address and interface.
         own = {"PET_LOCAL_ADDR": self.address, "GLOO_SOCKET_IFNAME": "eth0"}
         with log.open("a") as output:
             return subprocess.Popen(
@@ -82,9 +83,12 @@ def cluster(count: int) -> Iterator[list[Node]]:
     try:
         ip("link", "add", bridge, "type", "bridge")
         ip("link", "set", bridge, "up")
+        names = "".join(f"{node.address} {node.name}\n" for node in nodes)
         for node in nodes:
             ip("netns", "add", node.name)
             made.append(node)
+            node.settings.mkdir(parents=True)
+            (node.settings / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
             outside = f"v{node.number}{tag}"
             ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", node.name)
             ip("link", "set", outside, "master", bridge, "up")
@@ -100,4 +104,5 @@ def cluster(count: int) -> Iterator[list[Node]]:
             node.send(signal.SIGCONT)
             node.send(signal.SIGKILL)
             subprocess.run(["ip", "netns", "delete", node.name], check=False)
+            shutil.rmtree(node.settings, ignore_errors=True)
         subprocess.run(["ip", "link", "delete", bridge], check=False)

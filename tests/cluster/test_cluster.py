@@ -27,6 +27,9 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 NODES = [int(n) for n in os.environ.get("NEMO_SLAM_CLUSTER", "2").split(",")]
+LIMIT = float(
+    os.environ.get("NEMO_SLAM_LIMIT", "60")
+)  # seconds to the end after a loss; more on a machine that is busy
 START_UP = 900  # seconds; NeMo's import, by several processes at once on a busy machine
 
 
@@ -130,12 +133,16 @@ def test_machines_train_as_one_process_and_wait_for_a_slow_one(settings, alone, 
     reference = losses(alone)
     assert len(reference) == STEPS
     for row, expected in zip(losses(logs / "together"), reference, strict=True):
-        assert row == pytest.approx(expected, rel=1e-4, abs=1e-4)
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("count", NODES)
 def test_a_machine_that_dies_is_named_and_the_run_resumes_exactly(settings, logs, count):
     """The others end within a minute; what follows is bit for bit the run that nothing happened to."""
+
+    def log(node):
+        return (logs / f"broken_{node.name}.log").read_text()
+
     with cluster(count) as nodes:
         processes = launch(nodes, settings, logs, "broken")
         wait_for_step(logs / "broken", 2, processes)
@@ -143,13 +150,16 @@ def test_a_machine_that_dies_is_named_and_the_run_resumes_exactly(settings, logs
         time.sleep(1)
         nodes[-1].send(signal.SIGKILL)
         killed = time.monotonic()
-        statuses = finish(processes, seconds=60)
-        print(f"{count} machines: the others ended {time.monotonic() - killed:.1f} s after one was killed")
+        while not all(f"({nodes[-1].name})" in log(node) for node in nodes[:-1]):
+            assert time.monotonic() - killed < LIMIT, "not every machine has named the one that died"
+            time.sleep(0.2)
+        named = time.monotonic() - killed
+        statuses = finish(processes, seconds=LIMIT - named)
+        print(
+            f"{count} machines: the dead one named after {named:.1f} s, all ended after {time.monotonic() - killed:.1f}"
+        )
         assert all(status != 0 for status in statuses)
-        for node in nodes[:-1]:
-            text = (logs / f"broken_{node.name}.log").read_text()
-            assert "LostRankError" in text
-            assert f"({nodes[-1].name})" in text
+        assert all("LostRankError" in log(node) for node in nodes[:-1])
         assert not any(node.processes() for node in nodes)
         steps = [step for step, _ in finished_checkpoints(logs / "broken/checkpoints")]
         assert 2 <= steps[-1] < STEPS
@@ -159,4 +169,5 @@ def test_a_machine_that_dies_is_named_and_the_run_resumes_exactly(settings, logs
     found, expected = weights(logs / "broken", STEPS), weights(logs / "whole", STEPS)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-    assert losses(logs / "broken") == losses(logs / "whole")
+    for row, expected in zip(losses(logs / "broken"), losses(logs / "whole"), strict=True):
+        assert row == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
