@@ -154,8 +154,8 @@ def validation_batches(run: Run, model: SLAMPretrainingModel) -> list[StepBatch]
     streams = build_streams(
         chosen, seed=int(run.config.get("seed", 0)), tokenizer=model.tokenizer_model, split="validation"
     )
-    dataset = ValidationDataset(streams)
-    return [dataset[i].to(model.device) for i in range(min(BATCHES, len(dataset)))]
+    dataset, device = ValidationDataset(streams), next(model.parameters()).device
+    return [dataset[i].to(device) for i in range(min(BATCHES, len(dataset)))]
 
 
 def examples(model: SLAMPretrainingModel, batches: list[StepBatch], source: str) -> Examples:

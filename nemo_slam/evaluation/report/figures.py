@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ GREY = "#8a919c"
 MOST_POINTS = 500
 """Longer curves are averaged into so many bins."""
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # matplotlib's own, so every machine draws the same
     "font.size": 8.5,

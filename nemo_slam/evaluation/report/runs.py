@@ -131,7 +131,7 @@ def read_metrics(path: Path) -> tuple[dict[str, Series], dict[str, Series]]:
                         columns.setdefault(name, []).append((int(row["step"]), float(value)))
                     except ValueError:
                         raise ValueError(f"{path}, line {reader.line_num}: {name} is {value!r}, not a number") from None
-    series = {name: Series(*map(tuple, zip(*points, strict=True))) for name, points in columns.items()}  # type: ignore[arg-type]
+    series = {name: Series(*map(tuple, zip(*points, strict=True))) for name, points in columns.items()}
     training = {name: values for name, values in series.items() if not name.startswith("val_")}
     validation = {name.removeprefix("val_"): values for name, values in series.items() if name.startswith("val_")}
     return training, validation
