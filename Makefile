@@ -35,7 +35,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo study report docs test cluster-test image-test lint format clean distclean
+.PHONY: help setup data pretrain demo study report docs test cluster-test image-test lint format gpu-check clean distclean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -115,6 +115,9 @@ cluster-test: setup  ## several machines, one killed, one slow; needs root and i
 # Without a Docker daemon and without a GPU, on a plain Debian base. About half an hour on two cores, 15 GB of disk.
 image-test:  ## build the Dockerfile, then train a step and run the tests inside; needs root, buildah and debootstrap
 	docker/test_image.sh
+
+gpu-check: setup  ## everything that wants a GPU, in nine minutes on an H100; results in benchmarks/results/
+	@PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(RUN) benchmarks/gpu_check.py $(ARGS)
 
 lint: setup  ## ruff and mypy
 	$(RUN) -m ruff check .

@@ -18,7 +18,11 @@ def describe() -> dict[str, str | int | bool | None]:
     import torch
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        command = ["git", *arguments]
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:
+            return ""  # no git here, as in an image
 
     def version(package: str) -> str | None:
         try:

@@ -36,7 +36,7 @@ class Part:
 def parts(folder: Path, fp8: list[str]) -> list[Part]:
     """In the order of what is missed most if time runs out."""
     step = ["benchmarks/train_step.py", "--model", "slam", "--device", "cuda", "--batches", "2", "--repeats", "4"]
-    step += ["--frames", "60000", "--mixes", "shuffled", "bucketed", *(["--fp8", *fp8] if fp8 else [])]
+    step += ["--frames", "32000", "--mixes", "shuffled", "bucketed", *(["--fp8", *fp8] if fp8 else [])]
     found = [
         Part("tests", ["-m", "pytest", "-q", "-m", "gpu", "tests/gpu", f"--junitxml={folder / 'tests.xml'}"], 170),
         Part("train_step", [*step, "--out", str(folder / "train_step.json")], 170),

@@ -57,9 +57,12 @@ class MeasuredStep:
             layers.register_forward_hook(lambda *_, n=name: mark(n))
             layers.register_full_backward_pre_hook(lambda *_, n=before: mark(n))
             layers.register_full_backward_hook(lambda *_, n=name: mark(n))
-        front = model.speech_encoder.pre_encode
-        front.register_forward_hook(lambda *_: mark("front end"))
-        front.register_full_backward_pre_hook(lambda *_: mark("re-padding"))
+        model.speech_encoder.pre_encode.register_forward_hook(self._after_front_end)
+
+    def _after_front_end(self, module: torch.nn.Module, inputs: Any, rows: torch.Tensor) -> None:
+        self.timeline.mark("front end")
+        if rows.requires_grad:
+            rows.register_hook(lambda _: self.timeline.mark("re-padding"))
 
     def __call__(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """One step on a batch that lies on the CPU. *Returns:* the loss, detached, and what the encoders gave."""

@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="tiny", help="tiny, base or slam (conf/model)")
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    made.add_argument("--frames", type=int, help="10 ms frames of a batch (default: 6000 on a CPU, 60000 on a GPU)")
+    made.add_argument("--frames", type=int, help="10 ms frames of a batch (default: 6000 on a CPU, 32000 on a GPU)")
     made.add_argument("--batches", type=int, default=4, help="batches of each mix")
     made.add_argument("--repeats", type=int, default=5, help="times that each batch is timed, after one to warm up")
     made.add_argument("--mixes", nargs="+", default=["shuffled", "loose", "bucketed"])
@@ -254,7 +254,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda" if options.device == "cuda" or (options.device == "auto" and cuda) else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)
-    budget = options.frames or (60_000 if device.type == "cuda" else 6_000)
+    budget = options.frames or (32_000 if device.type == "cuda" else 6_000)
     config = resolved_config(options.model, "slam_stage2", options.set)
     mixes = {mix: batches(mix, budget, options.batches) for mix in options.mixes}
     names = [*([] if options.no_stock else ["stock"]), "ours", *(f"ours, fp8 {mode}" for mode in options.fp8)]
