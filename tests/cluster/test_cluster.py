@@ -27,9 +27,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 NODES = [int(n) for n in os.environ.get("NEMO_SLAM_CLUSTER", "2").split(",")]
-LIMIT = float(
-    os.environ.get("NEMO_SLAM_LIMIT", "60")
-)  # seconds to the end after a loss; more on a machine that is busy
+LIMIT = float(os.environ.get("NEMO_SLAM_LIMIT", "60"))  # seconds to end in after a loss
 START_UP = 900  # seconds; NeMo's import, by several processes at once on a busy machine
 
 

@@ -1,0 +1,181 @@
+"""Whole runs of two processes: they train as one does, under each strategy, and refuse to start unlike."""
+
+import csv
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from omegaconf import OmegaConf
+from parallel_worker import work
+
+from nemo_slam.config import parse
+from nemo_slam.training.agreement import MOST, differences, flattened
+from nemo_slam.training.parallel import LostRankError, ParallelConfig, make_strategy, name_lost_ranks, processes
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def context():
+    """Processes of a server that has imported NeMo once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["nemo_slam.training.pretrain"])
+    return context
+
+
+@pytest.fixture
+def launch(context, pretrain_config, tmp_path):
+    """A function (name, config of each rank as overrides, common overrides) -> what each rank wrote."""
+
+    def run(name, *overrides, ranks=((), ())):
+        out = tmp_path / f"{name}_results"
+        out.mkdir(exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = ["trainer.accelerator=cpu", f"trainer.max_steps={STEPS}", f"trainer.devices={len(ranks)}"]
+        common += ["model.validation_ds=null", "probes=false", f"name={name}", *overrides]
+        jobs = [
+            context.Process(target=work, args=(r, len(ranks), port, pretrain_config(2, *common, *own), out))
+            for r, own in enumerate(ranks)
+        ]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join(timeout=900)
+        assert [job.exitcode for job in jobs] == [0] * len(ranks)
+        return [torch.load(out / f"{r}.pt") for r in range(len(ranks))]
+
+    return run
+
+
+# SGD: a key's bias has no gradient but noise, which Adam would turn into steps.
+EXACT = ["model.conformer.dropout=0", "model.text_encoder.dropout=0"]
+EXACT += ["model.optim.name=sgd", "model.optim.lr=0.05", "~model.optim.betas", "~model.optim.sched"]
+
+
+def losses(tmp_path, name):
+    with (tmp_path / name / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: float(v) for k, v in row.items() if k == "loss" or "/" in k} for row in rows]
+
+
+def assert_alike(results, reference, tolerance):
+    for result in results:
+        assert result["error"] == ""
+        for kind in ("gradients", "weights"):
+            assert result[kind].keys() == reference[kind].keys() != set()
+            for name, tensor in reference[kind].items():
+                torch.testing.assert_close(
+                    result[kind][name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(launch, tmp_path, strategy):
+    """With the same global batch: first gradients, losses of every step, and weights after the last.
+
+    In float32, where another order of summation shows; test_ranks.py asks for 1e-9 in float64.
+    """
+    tolerance = 1e-5
+    (alone,) = launch("alone", *EXACT, ranks=((),))
+    together = launch("together", f"parallel.strategy={strategy}", *EXACT)
+    assert_alike(together, alone, tolerance)
+    reference = losses(tmp_path, "alone")
+    assert len(reference) == STEPS
+    for row, expected in zip(losses(tmp_path, "together"), reference, strict=True):
+        assert row == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
+
+
+def test_ddps_options_change_nothing(launch):
+    """With and without accumulation, up to the order of summation in other buckets."""
+    plain = ["parallel.static_graph=false", "parallel.gradient_as_bucket_view=false"]
+    assert_alike(launch("tuned", *EXACT), launch("plain", *EXACT, *plain)[0], 1e-5)
+    accumulate = [*EXACT, "trainer.accumulate_grad_batches=2"]
+    assert_alike(launch("tuned_parts", *accumulate), launch("plain_parts", *accumulate, *plain)[0], 1e-5)
+
+
+def test_shards_resume_exactly_and_leave_a_whole_model(launch, tmp_path):
+    from nemo_slam.models.pretraining import SLAMPretrainingModel
+
+    options = ["parallel.strategy=fsdp2", "checkpoint.every_n_steps=2"]
+    whole = launch("whole", *options)
+    launch("broken", *options, f"trainer.max_steps={STEPS // 2}")
+    resumed = launch("broken", *options)
+    for one, other in zip(whole, resumed, strict=True):
+        assert (one["error"], other["error"]) == ("", "")
+        for name, tensor in one["weights"].items():
+            assert torch.equal(tensor, other["weights"][name]), name
+    # The checkpoint and the .nemo are those of a model in one piece.
+    checkpoint = torch.load(tmp_path / "whole/checkpoints/step_000000004.ckpt", weights_only=False)
+    model = SLAMPretrainingModel.restore_from(str(tmp_path / "whole/whole.nemo"), map_location="cpu")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, whole[0]["weights"][name]), name
+        assert torch.equal(parameter, checkpoint["state_dict"][name]), name
+
+
+def test_ranks_with_other_configs_do_not_start(launch, tmp_path):
+    """The rank and the key are named, on every rank, before the first step."""
+    results = launch("unlike", ranks=((), ("model.optim.lr=0.5", "data.train_ds.text.max_tokens=3")))
+    for result in results:
+        assert result["error"].startswith("DisagreementError: the ranks were not started alike")
+        assert "rank 1 (" in result["error"]
+        assert "config.model.optim.lr is 0.5, elsewhere 0.002" in result["error"]
+        assert "data.stream text is [" in result["error"]  # other pieces of the text: another index
+        assert result["gradients"] == {}
+    assert not (tmp_path / "unlike/metrics.csv").exists()
+
+
+# ---- without processes ---------------------------------------------------------------------------
+
+
+def test_differences_side_with_the_majority():
+    facts = [{"config.a": 1, "code.torch": "2"}, {"config.a": 2, "code.torch": "2"}, {"config.a": 2}]
+    assert differences(facts, ["x", "y", "z"]) == [
+        "rank 0 (x): config.a is 1, elsewhere 2",
+        'rank 2 (z): code.torch is not there, elsewhere "2"',
+    ]
+    assert differences(facts[:1] * 3, ["x"] * 3) == []
+    assert differences([{"a": 1}, {"a": 2}], ["x", "y"]) == ["rank 1 (y): a is 2, elsewhere 1"]
+    assert len(differences([{str(i): i for i in range(50)}, {}], ["x", "y"])) == 50 > MOST
+
+
+def test_flattened():
+    assert flattened({"a": {"b": None, "c": {}}, "d": [{"e": 1}]}, "x") == {
+        "x.a.b": None,
+        "x.a.c": {},
+        "x.d": [{"e": 1}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [({"devices": 4, "num_nodes": 2}, 8), ({"devices": [0, 3], "num_nodes": 1}, 2), ({"devices": "3"}, 3)],
+)
+def test_processes(trainer, count):
+    assert processes({"num_nodes": 1, "accelerator": "cpu", **trainer}) == count
+
+
+def test_strategy_of_the_config():
+    one = OmegaConf.create({"devices": 1, "num_nodes": 1, "accelerator": "cpu", "accumulate_grad_batches": 1})
+    two, parts = OmegaConf.merge(one, {"num_nodes": 2}), {"num_nodes": 2, "accumulate_grad_batches": 2}
+    assert make_strategy(ParallelConfig(), one) == "auto"
+    config = parse(ParallelConfig, {"bucket_megabytes": 7, "static_graph": False, "timeout_seconds": 60}, "parallel")
+    strategy = make_strategy(config, two)
+    assert strategy._ddp_kwargs == {"bucket_cap_mb": 7, "static_graph": False, "gradient_as_bucket_view": True}
+    assert strategy._timeout.total_seconds() == 60
+    assert make_strategy(ParallelConfig(), two)._ddp_kwargs["static_graph"]
+    assert not make_strategy(ParallelConfig(), OmegaConf.merge(one, parts))._ddp_kwargs["static_graph"]
+    with pytest.raises(ValueError, match=r"parallel\.static_graph=true does not go with"):
+        make_strategy(ParallelConfig(static_graph=True), OmegaConf.merge(one, parts))
+    with pytest.raises(ValueError, match="parallel: strategy: 'fsdp' is not one of ddp, fsdp2"):
+        parse(ParallelConfig, {"strategy": "fsdp"}, "parallel")
+    with pytest.raises(ValueError, match="'bucket_megabyte'; did you mean 'bucket_megabytes'"):
+        parse(ParallelConfig, {"bucket_megabyte": 7}, "parallel")
+
+
+def test_an_error_of_one_process_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="gloo") as caught, name_lost_ranks():
+        raise RuntimeError("gloo: Connection closed by peer")
+    assert not isinstance(caught.value, LostRankError)
