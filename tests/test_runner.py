@@ -9,7 +9,7 @@ import pytest
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "nemo_slam.runner", *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "nemo_slam.runner", *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
 
 
@@ -60,14 +60,17 @@ def test_usage(arguments, status):
 
 
 STOCK = """
-    # What NeMo's transcribe_speech.py does, by its own helpers; the script itself is not in the package.
-    import json
-    from dataclasses import dataclass
+    # The interface and the course of NeMo's transcribe_speech.py, by its own helpers; the script itself is not in the
+    # package.
+    from dataclasses import dataclass, field
     from typing import Optional
 
+    import lightning.pytorch as pl
     import torch
-    from nemo.collections.asr.parts.utils.transcribe_utils import get_inference_dtype, prepare_audio_data, setup_model
+    from nemo.collections.asr.parts.submodules.ctc_decoding import CTCDecodingConfig
+    from nemo.collections.asr.parts.utils import transcribe_utils as utils
     from nemo.core.config import hydra_runner
+    from omegaconf import open_dict
 
     @dataclass
     class Config:
@@ -78,19 +81,33 @@ STOCK = """
         audio_type: str = "wav"
         audio_key: str = "audio_filepath"
         append_pred: bool = False
+        pred_name_postfix: Optional[str] = None
         presort_manifest: bool = True
         output_filename: Optional[str] = None
+        batch_size: int = 2
+        num_workers: int = 0
+        timestamps: bool = False
+        compute_dtype: Optional[str] = "bfloat16"
+        ctc_decoding: CTCDecodingConfig = field(default_factory=CTCDecodingConfig)
 
     @hydra_runner(config_name="Config", schema=Config)
     def main(cfg):
         device = torch.device("cpu")
-        model, _ = setup_model(cfg, device)
-        model = model.eval().to(get_inference_dtype("bfloat16", device))
-        files, _ = prepare_audio_data(cfg)
-        found = model.transcribe(files, batch_size=2, verbose=False)
-        with open(cfg.output_filename, "w") as out:
-            for file, hypothesis in zip(files, found):
-                out.write(json.dumps({"audio_filepath": file, "pred_text": hypothesis.text}) + "\\n")
+        model, name = utils.setup_model(cfg, device)
+        model.set_trainer(pl.Trainer(devices=1, accelerator="cpu", logger=False))
+        model = model.eval().to(utils.get_inference_dtype(cfg.compute_dtype, device))
+        model.change_decoding_strategy(cfg.ctc_decoding)
+        with open_dict(cfg):
+            cfg.decoding = cfg.ctc_decoding
+        files, sorted_manifest = utils.prepare_audio_data(cfg)
+        files = sorted_manifest or files
+        cfg = utils.compute_output_filename(cfg, name)
+        override = model.get_transcribe_config()
+        override.batch_size, override.num_workers, override.return_hypotheses = cfg.batch_size, cfg.num_workers, True
+        found = model.transcribe(audio=files, override_config=override)
+        if cfg.dataset_manifest is not None:
+            found = utils.restore_transcription_order(cfg.dataset_manifest, found)
+        utils.write_transcription(found, cfg, name, filepaths=None if sorted_manifest else files)
 
     main()
 """
@@ -98,6 +115,7 @@ STOCK = """
 
 @pytest.mark.slow
 def test_a_stock_script_restores_our_encoder_and_transcribes(script, model_config, tmp_path):
+    """A folder and a manifest; the same script without the runner is refused."""
     import json
 
     import numpy as np
@@ -111,18 +129,29 @@ def test_a_stock_script_restores_our_encoder_and_transcribes(script, model_confi
     spm = train_on_lines(["one two three", "press star two"] * 20, tmp_path / "spm", 24, allow_smaller=True)
     export_nemo(tmp_path / "slam.nemo", "ctc", spm, tmp_path / "ctc.nemo")
     (tmp_path / "audio").mkdir()
-    for number, seconds in enumerate((1.0, 1.7)):
+    rows = []
+    for number, seconds in enumerate((1.0, 1.7, 0.6)):
         noise = 0.1 * np.random.default_rng(number).standard_normal(int(16000 * seconds))
         soundfile.write(tmp_path / "audio" / f"{number}.wav", noise, 16000)
+        rows.append({"audio_filepath": f"audio/{number}.wav", "duration": seconds, "text": "one two"})
+    (tmp_path / "manifest.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = script(STOCK)
-    arguments = [f"model_path={tmp_path}/ctc.nemo", f"audio_dir={tmp_path}/audio"]
-    arguments.append(f"output_filename={tmp_path}/out.json")
+    common = [f"model_path={tmp_path}/ctc.nemo", f"output_filename={tmp_path}/out.json"]
 
-    done = run(path, *arguments)
+    done = run(path, *common, f"audio_dir={tmp_path}/audio")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
-    assert sorted(line["audio_filepath"] for line in lines) == [f"{tmp_path}/audio/{i}.wav" for i in (0, 1)]
+    assert sorted(line["audio_filepath"] for line in lines) == [f"{tmp_path}/audio/{i}.wav" for i in (0, 1, 2)]
+    spoken = {line["audio_filepath"]: line["pred_text"] for line in lines}
 
-    alone = subprocess.run([sys.executable, str(path), *arguments], capture_output=True, text=True, timeout=120)
+    done = run(path, *common, f"dataset_manifest={tmp_path}/manifest.json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "out.json").read_text().splitlines()]
+    assert [line["audio_filepath"] for line in lines] == [row["audio_filepath"] for row in rows]
+    assert [line["pred_text"] for line in lines] == [spoken[f"{tmp_path}/audio/{i}.wav"] for i in (0, 1, 2)]
+
+    alone = subprocess.run(
+        [sys.executable, str(path), *common, f"audio_dir={tmp_path}/audio"], capture_output=True, text=True, timeout=300
+    )
     assert alone.returncode != 0  # without the runner NeMo refuses the class, so the test above means something
     assert "nemo_slam" in alone.stderr

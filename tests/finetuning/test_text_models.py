@@ -292,12 +292,7 @@ def test_it_learns_from_scratch_with_early_stopping(name, manifest, tmp_path):
         ("mt", "data.train_ds.text_key=summary", DataError, r"rows\.jsonl:1: missing key 'summary'"),
         ("mt", "model.source_tokenizer.model_path=x", ValueError, "brings its own"),
         ("mt", "tokenizer.sequence_symbols=false", ValueError, r"no <s>, </s> and <pad>"),
-        (
-            "text_classification",
-            "model.labels=[0,2]",
-            EmptyStreamError,
-            "the label '1' is not one of 0, 2|stream 'train'",
-        ),
+        ("text_classification", "model.labels=[0,2]", DataError, r"rows\.jsonl:2: the label '1' is not one of 0, 2"),
         ("text_classification", "data.train_ds.target_key=kind", EmptyStreamError, "has a label 'kind'"),
         ("text_classification", "model.pool=max", ValueError, "pool: 'max' is not one of mean, cls"),
     ],
