@@ -35,7 +35,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo study report docs test cluster-test image-test lint format gpu-check clean distclean
+.PHONY: help setup data pretrain demo oracle learning study report docs test cluster-test image-test lint format gpu-check clean distclean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -93,6 +93,12 @@ pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; 
 
 demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, a stock NeMo model, transcripts
 	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)/demo" $(ARGS)
+
+oracle: setup  ## does it learn across modalities? three seeds on an artificial language; again: go on
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/learning.py oracle $(ARGS)
+
+learning: setup data  ## does it learn speech and text? three seeds of stage 1 on human speech; again: go on
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/learning.py stage1 $(ARGS)
 
 study: setup data  ## does pre-training help? several arms and seeds, hours on two cores; again: go on
 	@$(RUN) benchmarks/study.py $(ARGS)

@@ -124,7 +124,8 @@ def oracle_figures(folder: Path) -> dict[str, float]:
         node["manifest_filepath"] = node["manifest_filepath"].replace("_dev", "_test")
         streams = build_streams({"pairs": node}, seed=0, tokenizer=cfg["data"]["tokenizer"]["model_path"], split="test")
         accumulator = MetricAccumulator()
-        for batch in ValidationDataset(streams):
+        dataset = ValidationDataset(streams)
+        for batch in (dataset[number] for number in range(len(dataset))):
             outputs = model(batch)
             accumulator.update(model.objectives["matching"](outputs), {})
             accumulator.update(probe(model, batch) if negatives == "nearest" else ObjectiveOutput(), {})

@@ -78,5 +78,5 @@ def _build(root: Path, sequences: int) -> None:
         "synthetic": True,
         "licences": {"speech and text": "Apache-2.0 (made here)"},
     }
-    text = (" ".join(WORDS[w] for w in draw.integers(len(WORDS), size=12)) for _ in range(1000))
-    finish(root, {"oracle": rows}, text, about, Counter())
+    lines = [" ".join(WORDS[w] for w in draw.integers(len(WORDS), size=12)) for _ in range(1000)]
+    finish(root, {"oracle": rows}, lines, about, Counter())
