@@ -63,22 +63,18 @@ def sdpa(qkv: Tensor, layout: SequenceLayout, dropout: float) -> Tensor:
 
 
 @functools.lru_cache
-def _packed_attention() -> tuple[str, Callable | None]:
-    """Where packed attention comes from: torch, else flash-attn."""
-    if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-        from torch.nn.attention.varlen import varlen_attn
+def _packed_attention() -> Callable | None:
+    """PyTorch's, which every version that this project runs on has, if it was built with it."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    from torch.nn.attention.varlen import varlen_attn
 
-        return "torch.nn.attention.varlen", varlen_attn
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_varlen_func
-
-        return "flash-attn", flash_attn_varlen_func
-    return "", None
+    return varlen_attn
 
 
 def varlen(qkv: Tensor, layout: SequenceLayout, dropout: float) -> Tensor:
     """Packed attention: no block, no padding. The tail attends to itself, so that its rows are finite."""
-    _, attend = _packed_attention()
+    attend = _packed_attention()
     assert attend is not None
     longest = int(layout.lengths.max())
     query, key, value = qkv.unbind(1)
@@ -98,8 +94,8 @@ def varlen_unavailable(settings: AttentionSettings, device: torch.device, dtype:
         return f"the head size must be a multiple of 8 up to 256, not {settings.head_size}"
     if settings.dropout > 0:
         return f"packed attention has no dropout, dropout_att is {settings.dropout}"
-    if _packed_attention()[1] is None:
-        return "neither torch.nn.attention.varlen (torch 2.10) nor flash-attn is installed"
+    if _packed_attention() is None:
+        return "this torch has no torch.nn.attention.varlen"
     return None
 
 
