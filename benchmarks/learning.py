@@ -90,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--exp-dir", type=Path, default=Path("runs/learning"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="result file; default: benchmarks/results/learning_EXPERIMENT.json")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for scripts/speech_pretrain.py")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def train(experiment: Experiment, name: str, seed: int, options: argparse.Namespace) -> Path:
