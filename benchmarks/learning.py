@@ -112,6 +112,8 @@ def train(experiment: Experiment, name: str, seed: int, options: argparse.Namesp
 
 def oracle_figures(folder: Path) -> dict[str, float]:
     """Accuracies on the test sequences, which share no text with the others."""
+    import torch
+
     from nemo_slam.data.loader import ValidationDataset, build_streams
     from nemo_slam.evaluation.probes import probe
     from nemo_slam.objectives.base import ObjectiveOutput
@@ -126,9 +128,9 @@ def oracle_figures(folder: Path) -> dict[str, float]:
         accumulator = MetricAccumulator()
         dataset = ValidationDataset(streams)
         for batch in (dataset[number] for number in range(len(dataset))):
-            outputs = model(batch)
-            accumulator.update(model.objectives["matching"](outputs), {})
-            accumulator.update(probe(model, batch) if negatives == "nearest" else ObjectiveOutput(), {})
+            with torch.no_grad():
+                accumulator.update(model.objectives["matching"](model(batch)), {})
+                accumulator.update(probe(model, batch) if negatives == "nearest" else ObjectiveOutput(), {})
         result = accumulator.flush()
         figures[f"matching_accuracy_{negatives}"] = result["matching/accuracy"]
         figures |= {name.removeprefix("probe/"): value for name, value in result.items() if name.startswith("probe/")}
@@ -161,13 +163,11 @@ def stage1_figures(folder: Path) -> dict[str, float]:
 
 def restore(folder: Path) -> tuple[Any, dict]:
     """The trained model, ready to evaluate, and the run's config."""
-    import torch
     from omegaconf import OmegaConf
 
     from nemo_slam.models.pretraining import SLAMPretrainingModel
 
     model = SLAMPretrainingModel.restore_from(str(folder / f"{folder.name}.nemo"), map_location="cpu").eval()
-    torch.set_grad_enabled(False)
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     assert isinstance(config, dict)
     return model, config
