@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-STEPS = range(10, 201, 10)
+STEPS = range(100, 2001, 100)
 CODES = 32
 
 
 def write_run(folder: Path, perplexity: float, gain: float, loss: float = 6.0, **others: object) -> Path:
-    """A stage 1 run of 200 steps with a validation every 50: codes end at the given perplexity and information gain.
+    """A stage 1 run of 2,000 steps with a validation every 500: codes end at the given perplexity and information gain.
 
     Args:
         others: ``bad_loss`` (a step whose loss is NaN), ``skipped`` (updates), ``lr``.
@@ -29,7 +29,7 @@ def write_run(folder: Path, perplexity: float, gain: float, loss: float = 6.0, *
     lines = [",".join(columns + validation)]
     skipped = int(others.get("skipped", 0))  # type: ignore[call-overload]
     for step in STEPS:
-        done = step / 200
+        done = step / 2000
         now = "nan" if step == others.get("bad_loss") else f"{10 - (10 - loss) * done:.9g}"
         values = [
             step,
@@ -37,14 +37,14 @@ def write_run(folder: Path, perplexity: float, gain: float, loss: float = 6.0, *
             4 - done,
             0.1 + 0.3 * done,
             0.1,
-            skipped if step == 100 else 0,
+            skipped if step == 1000 else 0,
             CODES - (CODES - perplexity) * done,
         ]
         values += [gain * done, 1e-3 * done, 5000 + step, 2500, 0.09, 5.5, step**2]
         lines.append(",".join(map(str, values)) + "," * len(validation))
-        if step % 50 == 0:
+        if step % 500 == 0:
             lines.append(f"{step}" + "," * len(columns) + f"{now},{perplexity},{gain}")
-    lines.append("210,5.9,1.0")  # cut off by a kill
+    lines.append("2100,5.9,1.0")  # cut off by a kill
     (folder / "metrics.csv").write_text("\n".join(lines))
     (folder / "config.yaml").write_text(
         json.dumps(
@@ -57,11 +57,11 @@ def write_run(folder: Path, perplexity: float, gain: float, loss: float = 6.0, *
                     "quantizer": {"num_codes": CODES},
                     "optim": {"lr": others.get("lr", 1e-3)},
                 },
-                "trainer": {"max_steps": 200},
+                "trainer": {"max_steps": 2000},
             }
         )
     )
-    rows = [{"step": 95 + i, "reason": "the loss is not finite", "ids": {}} for i in range(skipped)]
+    rows = [{"step": 950 + i, "reason": "the loss is not finite", "ids": {}} for i in range(skipped)]
     (folder / "skipped_steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bad_rows.jsonl").write_text('{"file": "x", "line": 3}\n{"file": "x", "li')
     return folder

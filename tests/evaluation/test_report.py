@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
     base = tmp_path_factory.mktemp("runs")
-    return [write_run(base / "good", 20.0, 0.8), write_run(base / "fallen", 1.5, 0.0, loss=2.0, lr=0.5, bad_loss=150)]
+    return [write_run(base / "good", 20.0, 0.8), write_run(base / "fallen", 1.5, 0.0, loss=2.0, lr=0.5, bad_loss=1500)]
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +41,16 @@ def page(folders, tmp_path_factory) -> Path:
 def test_columns_are_those_of_the_csv(folders):
     run = runs.read_run(folders[0])
     with (folders[0] / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["step"] != "210"]
-    assert rows[5]["step"] == rows[4]["step"] == "50"  # training and validation are rows of their own
+        rows = [row for row in csv.DictReader(file) if row["step"] != "2100"]
+    assert rows[5]["step"] == rows[4]["step"] == "500"  # training and validation are rows of their own
     for name in set(rows[0]) - {"step"}:
         expected = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
         columns = run.validation if name.startswith("val_") else run.training
         series = columns[name.removeprefix("val_")]
         assert list(zip(series.steps, series.values, strict=True)) == expected
-    assert run.last_step == 200  # the line that a kill cut short is no step
+    assert run.last_step == 2000  # the line that a kill cut short is no step
     assert run.bad_rows == 1
-    assert run.figure("loss").steps == (50, 100, 150, 200)
+    assert run.figure("loss").steps == (500, 1000, 1500, 2000)
     assert run.figure("lr").steps == tuple(STEPS)
 
 
@@ -82,7 +82,7 @@ def test_curves_draw_what_the_csv_holds(folders):
                     expected = np.stack([np.array(steps)[finite], values[finite]], axis=1)
                     np.testing.assert_array_equal(found[kind, figures.colour(place)], expected)
         if column == "loss":
-            assert found["not finite", "#c62828"][:, 0].tolist() == [150]
+            assert found["not finite", "#c62828"][:, 0].tolist() == [1500]
         assert axes.get_xlabel() == "step"
         assert axes.get_title(loc="left")
 

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from nemo_slam.models.pretraining import SLAMPretrainingModel
     from nemo_slam.models.step import StepOutputs
 
-BATCHES = 6
+BATCHES = 3
 """Validation batches that the code histogram is counted over."""
-CANDIDATES = 16
+CANDIDATES = 12
 PAIRS = 2
 SPECTROGRAM_SECONDS = 5.0
 """The utterance nearest in length to this is shown."""

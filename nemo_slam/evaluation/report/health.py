@@ -11,6 +11,8 @@ from nemo_slam.evaluation.report.runs import Run
 
 GREEN, AMBER, RED = "green", "amber", "red"
 ORDER = (GREEN, AMBER, RED)
+EARLY = 1000
+"""Steps before which codes that are not learnt yet are no reason to worry."""
 RECENT = 0.2
 """Share of the logged values, at the end, whose median is judged: one odd value decides nothing."""
 
@@ -132,8 +134,8 @@ def information_gain(run: Run) -> Verdict:
     if value is None:
         return _absent("no objective of this run predicts codes")
     colour = _three(value, 0.02, 0.1)
-    early = colour == RED and progress(run) < 0.5
-    return Verdict(AMBER if early else colour, f"{value:+.3f} nats", "less than half of the planned steps" * early)
+    early = colour == RED and (progress(run) < 0.5 or run.last_step < EARLY)
+    return Verdict(AMBER if early else colour, f"{value:+.3f} nats", "early: codes come late" if early else "")
 
 
 def effective_rank(run: Run) -> Verdict:
@@ -200,7 +202,7 @@ CHECKS = (
         "Code information gain",
         "predicted codes no better than their histogram",
         "entropy of the code histogram minus the cross entropy of masked codes. Red: below 0.02 nats, the model knows "
-        "no more than the histogram (amber in the first half of the run); amber: below 0.1",
+        "no more than the histogram (amber in the first half of the run and before step 1,000); amber: below 0.1",
         information_gain,
     ),
     Check(
