@@ -99,7 +99,8 @@ def test_ddps_options_change_nothing(launch):
 def test_shards_resume_exactly_and_leave_a_whole_model(launch, tmp_path):
     from nemo_slam.models.pretraining import SLAMPretrainingModel
 
-    options = ["parallel.strategy=fsdp2", "checkpoint.every_n_steps=2"]
+    # The schedule would follow trainer.max_steps, by which the first part is ended early.
+    options = ["parallel.strategy=fsdp2", "checkpoint.every_n_steps=2", f"+model.optim.sched.max_steps={STEPS}"]
     whole = launch("whole", *options)
     launch("broken", *options, f"trainer.max_steps={STEPS // 2}")
     resumed = launch("broken", *options)
