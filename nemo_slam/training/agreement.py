@@ -51,9 +51,13 @@ def source_digest() -> str:
 
 
 def package_versions() -> dict[str, str]:
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    versions = {name: found.get(name, "not installed") for name in PACKAGES}
-    return {"python": platform.python_version(), **versions}
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:  # by `version`, which takes nemo_toolkit for nemo-toolkit
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
 
 
 def facts(cfg: DictConfig, data: Mapping[str, Any]) -> dict[str, Any]:
