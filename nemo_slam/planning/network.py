@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def parameters(model: Mapping[str, Any]) -> dict[str, int]:
             heads += (d + 1) * codes + codes * gumbel["code_dim"] + (d + 1) * gumbel["code_dim"]
     if objectives["masked_text"] is not None or objectives["translation_lm"] is not None:
         heads += vocab
-    heads += (d + 1) * (objectives["matching"] is not None)
+    if (matching := objectives["matching"]) is not None:
+        heads += d + 1 + 2 * (d + 1) * d * (matching.get("negatives") == "in_batch")
     heads += (d + 1) * (vocab + 1) * (objectives["ctc"] is not None)
     heads += d * (model["mask_vector"]["kind"] == "learned")
     return {
@@ -86,6 +88,8 @@ class Network:
         if acoustic:
             self.tally.part = "front end"
             self._front_end(batch)
+            if self.model.get("augmentation") is not None:  # the noisy speech beside the clean targets
+                self._front_end(replace(batch, pair_speech=Lengths.of([])))
         self.tally.part = "speech encoder"
         self._layers(acoustic, self.model["speech_encoder"]["num_layers"])
         self.tally.linear(spoken, self.width, self.width, input_bytes=self.tally.precision.residual)

@@ -139,6 +139,9 @@ def memory_of(run: Run, batch: MicroBatch, tally: Tally) -> Memory:
 def make_plan(run: Run) -> Plan:
     """The plan of a run as its config says it."""
     model, accumulate = run.config["model"], run.accumulate
+    strategy = run.config["parallel"]["strategy"]
+    if strategy != "ddp":
+        raise ValueError(f"parallel.strategy={strategy} cannot be planned: weights are taken to be whole on each GPU")
     batch = run.batch()
     tally = tally_of(model, batch, run.precision, fused=run.fused)
     memory = memory_of(run, batch, tally)
