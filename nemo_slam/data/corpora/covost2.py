@@ -36,11 +36,17 @@ def prepare(root: Path, source: Path, translations: Path | None = None, pairs: S
         if pair.count("_") != 1:
             raise CorpusError(f"--pairs {pair}: expected source and target, as en_de")
     folder = source if translations is None else translations
-    request = {"source": str(source.resolve()), "pairs": None if pairs is None else wanted, "version": VERSION}
+    request = {
+        "source": str(source.resolve()),
+        "translations": None if translations is None else str(translations.resolve()),
+        "pairs": None if pairs is None else wanted,
+        "version": VERSION,
+    }
 
     def build() -> None:
         left_out: Counter[str] = Counter()
-        about = {"name": "covost2", "request": {**request, "pairs": wanted}, "licences": {"speech and text": LICENCE}}
+        built = {**request, "translations": str(folder.resolve()), "pairs": wanted}
+        about = {"name": "covost2", "request": built, "licences": {"speech and text": LICENCE}}
         rows = (row for pair in wanted for row in _rows(source, folder, pair, left_out))
         write_parts(root, about, rows, left_out=left_out)
 
