@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +118,7 @@ def _prepare(
     def build() -> None:
         try:
             write_parts(root, about, lines=lines, left_out=left_out)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise CorpusError(f"{source}: cannot be read ({error}); is a download unfinished?") from error
 
     return prepare_once(root, name, request, build)
