@@ -94,7 +94,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train(experiment: Experiment, name: str, seed: int, options: argparse.Namespace) -> Path:
-    """One run to its end, or nothing if it is finished. Returns its run folder."""
+    """One run to its end, or nothing if it is finished. Returns its run folder.
+
+    Exits where the folder was begun with other settings, whose figures would pass for those of these.
+    """
     folder = options.exp_dir / name
     arguments = [
         *experiment.arguments,
@@ -104,7 +107,12 @@ def train(experiment: Experiment, name: str, seed: int, options: argparse.Namesp
         f"trainer.max_steps={options.steps or experiment.steps}",
         *options.overrides,
     ]
+    note = folder / "arguments.json"
+    if note.is_file() and json.loads(note.read_text()) != arguments:
+        sys.exit(f"learning: {folder} was begun with other settings: give another --exp-dir, or delete it")
     if not (folder / f"{name}.nemo").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(arguments))
         print("$ python scripts/speech_pretrain.py", *arguments, flush=True)
         subprocess.run([sys.executable, str(ROOT / "scripts/speech_pretrain.py"), *arguments], check=True)
     return folder
