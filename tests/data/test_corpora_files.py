@@ -182,3 +182,11 @@ def test_help_is_quick_and_loads_neither_torch_nor_numpy():
         assert time.monotonic() - started < 2.5
         loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
         assert not loaded & {"torch", "numpy", "nemo", "lhotse", "sentencepiece"}
+
+
+def test_folders_that_no_preparation_made_are_not_removed(tmp_path):
+    (tmp_path / "audio").mkdir()
+    (tmp_path / "audio" / "mine.wav").write_bytes(b"")
+    with pytest.raises(CorpusError, match="holds audio, which no preparation made"):
+        prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    assert (tmp_path / "audio" / "mine.wav").exists()

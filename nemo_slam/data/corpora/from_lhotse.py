@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from nemo_slam.data.corpora.files import SAMPLE_RATE, CorpusError, whole_file
 from nemo_slam.data.corpora.layout import prepare_once
@@ -89,7 +90,7 @@ def _audio(root: Path, recording, channel: int) -> str:
     import soundfile
 
     samples = recording.resample(SAMPLE_RATE).load_audio(channels=channel)[0]
-    path = root / "audio" / f"{recording.id}_{channel}.flac"
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    name = f"{quote(recording.id, safe='')}_{channel}.flac"  # an id may hold slashes
+    with whole_file(root / "audio" / name) as temporary, temporary.open("wb") as file:
         soundfile.write(file, samples, SAMPLE_RATE, format="FLAC")
-    return f"../audio/{recording.id}_{channel}.flac"
+    return f"../audio/{name}"

@@ -17,6 +17,8 @@ from nemo_slam.data.corpora.splits import pick
 logger = logging.getLogger("nemo_slam.data")
 
 SPLITS = ("train", "dev", "test")
+FOLDERS = ("audio", "manifests", "text", "tokenizers")
+LOCK = ".prepare.lock"
 TEXT_SHARES = {"train": 0.98, "dev": 0.02}
 # A held-out prompt of at least so many words must not occur inside a longer line either ("thank you" may).
 MIN_CONTAINED_WORDS = 3
@@ -39,20 +41,29 @@ def prepare_once(root: Path, name: str, request: Mapping[str, Any], build: Calla
         build: prepares the corpus and calls `finish`, whose ``about["request"]`` says what was built.
 
     Raises:
-        CorpusError: ``root`` holds another corpus.
+        CorpusError: ``root`` holds another corpus, or folders of these names that are no corpus of ours.
     """
     if _is_done(root, name, request):
         return root
+    _refuse_foreign(root)
     with locked(root, "prepare"):
         if _is_done(root, name, request):  # another process prepared it while this one waited
             return root
         logger.info("preparing corpus %s in %s", name, root)
         (root / "corpus.json").unlink(missing_ok=True)
-        for folder in ("audio", "manifests", "text", "tokenizers"):
+        for folder in FOLDERS:
             shutil.rmtree(root / folder, ignore_errors=True)
         remove_leftovers(root)
         build()
     return root
+
+
+def _refuse_foreign(root: Path) -> None:
+    """A corpus is made anew by removing what an earlier preparation left; nobody else's folders are removed."""
+    if (root / LOCK).exists() or (root / "corpus.json").exists():
+        return
+    if found := [folder for folder in FOLDERS if (root / folder).exists()]:
+        raise CorpusError(f"{root} holds {', '.join(found)}, which no preparation made: choose another folder (--root)")
 
 
 def pick_languages(languages: Sequence[str], known: Sequence[str]) -> list[str]:
