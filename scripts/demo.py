@@ -26,9 +26,9 @@ def parse_arguments() -> argparse.Namespace:
         "--exp-dir", type=Path, default=Path("runs/demo"), help="run folders go here; default: %(default)s"
     )
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
-    parser.add_argument("--stage1-steps", type=int, default=500, help="default: %(default)s")
-    parser.add_argument("--stage2-steps", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--finetune-steps", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--stage1-steps", type=int, default=700, help="default: %(default)s")
+    parser.add_argument("--stage2-steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--finetune-steps", type=int, default=1200, help="default: %(default)s")
     return parser.parse_args()
 
 
