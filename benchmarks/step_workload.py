@@ -18,7 +18,8 @@ FRAMES_PER_SECOND = 100
 MIXES = {
     "shuffled": 1,  # utterances in any order
     "loose": 2,  # each batch from the shorter or the longer half of the utterances
-    "bucketed": None,  # each batch from neighbours by length
+    "bucketed": 20,  # each batch from a twentieth of them by length
+    "sorted": None,  # each batch of neighbours by length
 }
 """Buckets by length that a batch is drawn from."""
 
