@@ -4,7 +4,7 @@ The encoders of nemo_slam work on rows ``(N, D)``. A :class:`SequenceLayout` say
 and :func:`pack` builds one from *segments*: a multimodal sequence is, for instance, the CLS row, then the rows of one
 utterance, then the rows of one text, each a range of rows in some source tensor. Packing is then a single gather.
 
-Everything here is planned on the CPU from lengths alone, so that a step needs no device synchronisation.
+Everything here is planned on the CPU from lengths alone, so that packing needs no device synchronisation.
 
 Shape legend: N packed rows, S sequences, D width, H heads, B sequences of a block, T their longest length.
 """
