@@ -175,6 +175,12 @@ def training_seconds(folder: Path) -> float:
     return round(float(pandas.read_csv(folder / "metrics.csv")["seconds"].sum()), 1)
 
 
+def commit(folder: Path) -> str | None:
+    """The commit that trained a run (with a + where there were changes), if the run noted it."""
+    file = folder / "environment.json"
+    return json.loads(file.read_text())["commit"] if file.exists() else None
+
+
 def restore(folder: Path) -> tuple[Any, dict]:
     """The trained model, ready to evaluate, and the run's config."""
     from omegaconf import OmegaConf
@@ -197,7 +203,7 @@ def main() -> int:
     for seed in options.seeds:
         folder = train(experiment, f"{options.experiment}_{seed}", seed, options)
         figures = {name: float(value) for name, value in FIGURES[options.experiment](folder).items()}
-        seeds.append({"seed": seed, "training_seconds": training_seconds(folder), **figures})
+        seeds.append({"seed": seed, "training_seconds": training_seconds(folder), "commit": commit(folder), **figures})
         print(f"seed {seed}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
     checks = []
     for threshold in experiment.thresholds:
