@@ -53,6 +53,10 @@ def on_config(config: Any) -> Any:
             elif name in ELSEWHERE or (ROOT / "docs" / name).is_file():
                 pages.append({TITLES[name]: name} if name in TITLES else name)
         navigation += pages if not title else [{title: pages}]
+    named = {name for names in NAVIGATION.values() for name in names}
+    others = sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in named)
+    if others:
+        navigation.append({"More": others})
     config.nav = navigation
     return config
 
