@@ -75,7 +75,9 @@ def test_options_of_documented_commands_exist(script):
     own = [command for command in ALL if command[0] == script]
     shown = help_of(script)
     if "..." in shown.partition("\n\n")[0]:  # its options are those of subcommands
-        shown += "".join(help_of(script, name) for name in {c[1] for c in own if len(c) > 1 and c[1].islower()})
+        shown += "".join(
+            help_of(script, name) for name in {c[1] for c in own if len(c) > 1 and re.fullmatch("[a-z_]+", c[1])}
+        )
     for command in own:
         for word in command:
             if word.startswith("--"):
