@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -144,29 +144,29 @@ def test_nemo_reads_them(corpus, shards):
     assert (count, offsets[-1]) == (28, (shards / "audio_0.tar").stat().st_size)
 
 
-def run_killed(command: list[str], after: float) -> int:
-    """Runs a command in a process group of its own that is killed after some seconds; its status."""
+def run_killed(command: list[str], when: Callable[[], bool]) -> int:
+    """Runs a command in a process group of its own that is killed as soon as ``when()`` holds; its status."""
     process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    try:
-        process.communicate(timeout=after)
-    except subprocess.TimeoutExpired:
+    while process.poll() is None and not when():
+        time.sleep(0.001)
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    return process.returncode
+    return process.wait()
 
 
-def test_killed_at_random_and_restarted_gives_the_same_bytes(corpus, shards, tmp_path):
+def test_killed_on_the_way_and_restarted_gives_the_same_bytes(corpus, shards, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "scripts/shard_data.py", "audio", str(corpus / "manifest.json")]
     command += ["--out", str(out), "--shards", "7", "--workers", "1"]
-    generator, kills = random.Random(0), 0
-    while (status := run_killed(command, after=generator.uniform(0.3, 2.0) * (1 + kills / 4))) != 0:
-        assert status == -signal.SIGKILL
-        kills += 1
-        assert kills < 60
-    assert kills >= 1
+    # At once; when a shard is being written; after one, three, five of the seven.
+    stages: list[Callable[[], bool]] = [lambda: True, lambda: any(out.rglob("*.part-*"))]
+    stages += [lambda n=n: len(list(out.glob("*.tar"))) >= n for n in (1, 3, 5)]
+    statuses = [run_killed(command, stage) for stage in stages]
+    assert set(statuses) <= {0, -signal.SIGKILL}
+    assert statuses.count(-signal.SIGKILL) >= 2
+    assert run_killed(command, lambda: False) == 0
     assert contents(out) == contents(shards)
     assert not list(out.rglob("*.part-*"))
     assert verify(out) == []

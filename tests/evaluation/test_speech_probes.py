@@ -7,8 +7,8 @@ import torch
 from batch_helpers import exact_features, select
 
 from nemo_slam.evaluation.speech_probes import contrastive, next_utterance
-from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.models.masking import MaskedRows
+from nemo_slam.models.pretraining import SLAMPretrainingModel
 
 
 @pytest.fixture

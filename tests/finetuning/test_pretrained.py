@@ -59,7 +59,7 @@ def test_too_little_loaded_stops_and_says_what_fits(pretrained_nemo):
 def test_a_model_without_our_encoder_is_named(tmp_path):
     config = yaml.safe_dump({"target": "other.Model", "encoder": {"feat_in": 80}}).encode()
     path = archive(tmp_path / "other.nemo", **{"model_config.yaml": config})
-    with pytest.raises(ValueError, match=r"other\.nemo \(other\.Model\) has no SLAM encoder.*speech_pretrain"):
+    with pytest.raises(ValueError, match=r"other\.nemo \(other\.Model\) has no SLAM speech encoder.*speech_pretrain"):
         read_pretrained(path)
 
 
