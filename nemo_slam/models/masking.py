@@ -131,7 +131,7 @@ def mask_speech(
     if masks is None:
         return rows, {}
     mask, cu_seqlens, ids, epochs = masks.union()
-    learned = isinstance(vector, Tensor)
+    learned, std = (vector, 0.0) if isinstance(vector, Tensor) else (None, vector)
     rows, index = apply_spans(
         rows,
         mask,
@@ -139,8 +139,8 @@ def mask_speech(
         ids,
         epochs,
         key=randomness.key("mask_vectors"),
-        vector=vector if learned else None,
-        std=0.0 if learned else float(vector),
+        vector=learned,
+        std=std,
         backend=kernels,
     )
     return rows, masks.split(index)
