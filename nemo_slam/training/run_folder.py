@@ -128,7 +128,12 @@ class RunMetrics(Callback):
 
     @staticmethod
     def _line(step: int, last: int, figures: dict[str, float]) -> str:
-        shown = [f"{name.replace('masked_', '')} {value:.3f}" for name, value in figures.items() if _is_shown(name)]
+        # What had no example in the interval is NaN in the file and not shown; a loss that is NaN is.
+        shown = [
+            f"{name.replace('masked_', '')} {value:.3f}"
+            for name, value in figures.items()
+            if _is_shown(name) and not (math.isnan(value) and "/" in name)
+        ]
         rate = figures.get("frames_per_second")
         speed = (
             []
