@@ -110,6 +110,9 @@ docs: setup  ## the documentation as a site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 	@echo "documentation: site/index.html"
 
+faults: setup  ## hurt 60 small runs and check that none loses finished work; again: go on
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/faults.py --out "$(EXP_DIR)/faults.jsonl" $(ARGS)
+
 # One thread in each test process: the tests are small, and more processes than cores slow each other down.
 test: setup  ## all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
