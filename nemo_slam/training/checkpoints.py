@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from nemo.utils import logging
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
@@ -33,6 +34,18 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class StreamedCheckpointIO(TorchCheckpointIO):
+    """Writes straight to the file; Lightning's own composes the whole file in memory first, 7 GB for the paper's model.
+
+    What it takes care of, that a file is whole or absent, `StepCheckpoint.save` does by renaming.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise TypeError("checkpoints are written to a file; storage_options are not supported")
+        torch.save(checkpoint, path)
 
 
 def _random_state() -> dict[str, torch.Tensor]:
@@ -92,6 +105,7 @@ class StepCheckpoint(Callback):
         self._previous_handler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        trainer.strategy.checkpoint_io = StreamedCheckpointIO()
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.part"):
