@@ -136,7 +136,7 @@ def _say_demonstration(cfg: DictConfig, trainer: Trainer) -> None:
     )
     if trainer.strategy.root_device.type == "cpu":
         logging.warning(
-            "This machine has no GPU: a step of this model takes minutes here. model=tiny is meant for a CPU."
+            "This machine has no GPU: a step of this model takes half a minute or more. model=tiny is meant for a CPU."
         )
     logging.warning("=" * 100)
 
