@@ -5,7 +5,8 @@
 
 Generates a manifest whose rows all name one recording of a second, and a token file; builds the indexes, which happens
 once a corpus; then, in a process of its own as training would, opens the streams, loads batches with workers, and
-watches the workers' memory. Prints one JSON object. The aims: start within 60 s, less than 1 GiB a worker, no growth.
+watches the workers' memory. Writes benchmarks/results/data_scale_<time>.json and exits with 1 if an aim is missed:
+start within 60 s, less than 1 GiB a worker, no growth.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+RESULTS = Path(__file__).resolve().parent / "results"
 START_SECONDS, WORKER_MIB, GROWTH_MIB = 60.0, 1024.0, 16.0
 CHUNK = 100_000
 
@@ -122,7 +124,7 @@ def run(folder: Path, batches: int, workers: int) -> dict:
     }
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=10_000_000, help="rows of the manifest")
     parser.add_argument("--tokens", type=int, default=1_000_000_000, help="tokens in the token file")
@@ -131,13 +133,14 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to generate; default: a temporary folder, removed at the end"
     )
+    parser.add_argument("--out", type=Path, help="result file (default: results/data_scale_<time>.json)")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.batches < 20 or args.workers < 1 or args.examples < 1 or args.tokens < 1:
         parser.error("--batches must be at least 20; --workers, --examples and --tokens at least 1")
     if args.measure is not None:
         print(json.dumps(run(args.measure, args.batches, args.workers)))
-        return
+        return 0
     with tempfile.TemporaryDirectory(prefix="data_scale_") as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +157,12 @@ def main() -> None:
         command = [sys.executable, __file__, "--measure", str(folder)]
         command += ["--batches", str(args.batches), "--workers", str(args.workers)]
         result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    result |= {
+    from nemo_slam.training.environment import environment
+
+    result = {
+        "benchmark": "data_scale",
+        **environment(),
+        **result,
         "manifest_seconds": round(written - begun, 1),
         "token_file_seconds": round(tokens_written - written, 1),
         "index_seconds": round(indexed - tokens_written, 1),
@@ -167,7 +175,12 @@ def main() -> None:
         "growth": result["growth_mib"] < GROWTH_MIB,
     }
     print(json.dumps(result, indent=1))
+    out = args.out or RESULTS / f"data_scale_{result['time'].replace(':', '').replace('+0000', '')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {out}", file=sys.stderr)
+    return 0 if all(result["within_aims"].values()) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

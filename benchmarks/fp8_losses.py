@@ -76,17 +76,17 @@ def main(arguments: list[str]) -> int:
     made.add_argument("--modes", nargs="+", default=["gemm", "attention"], choices=("gemm", "attention"))
     made.add_argument("--out", type=Path, help="result file (default: results/fp8_losses_<device>_<time>.json)")
     options = made.parse_args(arguments)
-    import environment
     import torch
 
     from nemo_slam.modules import fp8
+    from nemo_slam.training.environment import environment
 
     for mode in options.modes:
         reason = fp8.unavailable(mode, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if reason is not None:
             print(f"fp8 {mode}: {reason}", file=sys.stderr)
             return 1
-    result: dict[str, Any] = {**environment.describe(), "benchmark": "fp8_losses", "arguments": arguments, "runs": {}}
+    result: dict[str, Any] = {**environment(), "benchmark": "fp8_losses", "arguments": arguments, "runs": {}}
     good = True
     for mode in ("none", *options.modes):
         losses, seconds = train(mode, options.steps, options.frames)

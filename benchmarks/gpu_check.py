@@ -89,11 +89,11 @@ def main(arguments: list[str]) -> int:
     if not torch.cuda.is_available():
         print("gpu-check needs an NVIDIA GPU that torch can use, and this machine has none.", file=sys.stderr)
         return 1
-    import environment
 
     from nemo_slam.modules import fp8
+    from nemo_slam.training.environment import environment
 
-    description = environment.describe()
+    description = environment()
     stamp = str(description["time"]).replace(":", "").replace("+0000", "")
     folder = RESULTS / f"gpu_check_{str(description['device']).replace(' ', '_')}_{stamp}"
     folder.mkdir(parents=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from environment import describe
+from nemo_slam.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -219,7 +219,7 @@ def main() -> int:
         "overrides": options.overrides,
         "seeds": seeds,
         "checks": checks,
-        "environment": describe(),
+        "environment": environment(),
     }
     out.write_text(json.dumps(result, indent=2) + "\n")
     print("result file:", out)

@@ -242,10 +242,11 @@ def show(result: dict) -> None:
 
 def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
-    import environment
     import torch
     from omegaconf import OmegaConf
     from step_workload import batches, our_encoder, resolved_config
+
+    from nemo_slam.training.environment import environment
 
     cuda = torch.cuda.is_available()
     if options.device == "cuda" and not cuda:
@@ -262,7 +263,7 @@ def main(arguments: list[str]) -> int:
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in our_encoder(config).parameters())
     result = {
-        **environment.describe(),
+        **environment(),
         "benchmark": "train_step",
         "arguments": arguments,
         "model": options.model,

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import nemo_slam
 import slam_kernels
+from nemo_slam.training.environment import package_versions
 from nemo_slam.training.parallel import announce_host
 
-PACKAGES = ("torch", "nemo_toolkit", "lightning", "numpy", "triton")
 MOST = 10
 """Differences that a message lists."""
 
@@ -48,16 +46,6 @@ def source_digest() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def package_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:  # by `version`, which takes nemo_toolkit for nemo-toolkit
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def facts(cfg: DictConfig, data: Mapping[str, Any]) -> dict[str, Any]:

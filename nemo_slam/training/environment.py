@@ -1,4 +1,6 @@
-"""What a run ran on: written into its folder when it starts, so that a report made later, elsewhere, can tell."""
+"""What a run ran on: written into its folder when it starts, so that a report made later, elsewhere, can tell.
+
+Result files of benchmarks hold the same."""
 
 from __future__ import annotations
 
@@ -8,30 +10,40 @@ import os
 import platform
 import subprocess
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 
 import nemo_slam
 
 FILE_NAME = "environment.json"
-PACKAGES = ("torch", "triton", "nemo_toolkit", "lightning", "transformer-engine", "numpy")
+PACKAGES = ("torch", "triton", "nemo_toolkit", "lightning", "transformer_engine", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Python and what results depend on; a package that is not installed is left out."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:  # by `version`, which takes nemo_toolkit for nemo-toolkit
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def environment() -> dict[str, str]:
-    """Versions, device and commit of this process; strings all."""
+    """Versions, device, commit and time (UTC) of this process; strings all."""
     import torch
 
-    found = {"nemo_slam": nemo_slam.__version__, "commit": _commit(), "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {"nemo_slam": nemo_slam.__version__, "commit": _commit(), **package_versions()}
+    found["device"] = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
     if torch.cuda.is_available():
-        found["GPU"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+        found["device"] = torch.cuda.get_device_name(0)
+        found["GPU"] = f"{torch.cuda.device_count()} x {found['device']}"
         found["CUDA"] = str(torch.version.cuda)
     found["CPU"] = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     found["system"] = platform.platform()
     found["command"] = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    found["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return found
 
 
