@@ -251,12 +251,12 @@ def _pack_text(
         tokens.append(source[0])
         base += len(source[0])
         if request.name in chosen_texts:
-            assert batch.pairs is not None
-            own, index = batch.pairs.lengths.numpy(), chosen_texts[request.name].index
-            starts = np.where(index >= 0, (base + np.cumsum(own) - own)[index], starts)
-            lengths = np.where(index >= 0, own[index], lengths)
-            tokens.append(batch.pairs.tokens)
-            base += len(batch.pairs.tokens)
+            chosen = chosen_texts[request.name]
+            texts, index = chosen.lengths, chosen.index
+            starts = np.where(index >= 0, (base + np.cumsum(texts) - texts)[index], starts)
+            lengths = np.where(index >= 0, texts[index], lengths)
+            tokens.append(chosen.tokens)
+            base += len(chosen.tokens)
         kinds[request.name] = Segments(starts[:, None], lengths[:, None])
     return torch.cat(tokens), pack(kinds, base, device, settings.multiple)
 

@@ -107,3 +107,29 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def gather_over_ranks(rows: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """The rows of all ranks end to end, rank 0's first, without gradient; and where this rank's begin.
+
+    Every rank must call it, with as many rows as it has, none among them.
+
+    Args:
+        device: where ranks exchange tensors, which need not be where the rows are.
+
+    *Shape:* (B, ...) -> (sum of all ranks' B, ...).
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows, 0
+    rank, own = dist.get_rank(), rows.to(device)
+    sizes = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    sizes[rank] = len(own)
+    dist.all_reduce(sizes)
+    counts = sizes.tolist()
+    padded = own.new_zeros(max(counts), *own.shape[1:])  # messages must be of one size
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in counts]
+    if len(padded):
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).to(rows.device), sum(counts[:rank])

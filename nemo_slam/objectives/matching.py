@@ -66,9 +66,7 @@ class Matching(Objective):
         chosen = self.in_batch(
             speech,
             text,
-            pairs.text_classes.numpy(),
-            pairs.ids,
-            pairs.epochs,
+            pairs,
             key=encoded.randomness.key("in_batch_negatives"),
             backend=encoded.settings.kernels,
         )

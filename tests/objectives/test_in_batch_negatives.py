@@ -5,6 +5,7 @@ import pytest
 import torch
 from batch_helpers import select
 
+from nemo_slam.data.batch import PairBatch
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.objectives.in_batch_negatives import InBatchNegatives, mean_rows
 from slam_kernels import gumbel_noise
@@ -55,7 +56,8 @@ def test_the_drawn_texts_are_packed(model, batch):
     outputs = model(batch)
     table = similarities(model.objectives["matching"].in_batch, *pooled(model, outputs, batch))
     chosen = outputs.chosen_texts["matching_negative"]
-    torch.testing.assert_close(chosen.similarities, torch.as_tensor(table), rtol=0, atol=1e-9)
+    torch.testing.assert_close(chosen.by_utterance, torch.as_tensor(table), rtol=0, atol=1e-9)
+    assert torch.equal(chosen.by_text, chosen.by_utterance.t())
     classes = batch.pairs.text_classes.tolist()
     ids = batch.pairs.ids + (2 << 56)
     noise = gumbel_noise(
@@ -86,17 +88,11 @@ def test_the_draw_follows_the_similarities():
     table = torch.tensor([[9.0, 0.0, 1.0, -1.0]]).double().expand(4, 4)
     head.similarities = lambda speech, text: table
     found = np.zeros(4)
+    nothing = torch.zeros(4, dtype=torch.int64)
     for number in range(count // epochs):
         for epoch in range(epochs):
-            chosen = head(
-                torch.zeros(4, 4),
-                torch.zeros(4, 4),
-                np.array([0, 1, 2, 3]),
-                torch.full((4,), number),
-                torch.full((4,), epoch),
-                key=7,
-                backend="torch",
-            )
+            pairs = PairBatch(*[nothing] * 6, torch.arange(4), nothing + number, nothing + epoch)
+            chosen = head(torch.zeros(4, 4), torch.zeros(4, 4), pairs, key=7, backend="torch")
             found[chosen.index[0]] += 1
     share = np.exp([0.0, 1.0, -1.0]) / np.exp([0.0, 1.0, -1.0]).sum()  # the first text is utterance 0's own
     error = np.sqrt(share * (1 - share) / found.sum())
