@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,7 +82,8 @@ def build_objectives(
             )
         )
     if chosen.ctc is not None:
-        objectives.append(PairCTC(chosen.ctc.weight, width, settings.text_encoder.vocab_size, TranslationLM.name))
+        ctc, vocab_size = chosen.ctc, settings.text_encoder.vocab_size
+        objectives.append(PairCTC(ctc.weight, width, vocab_size, ctc.input, ctc.speech_masking))
     return nn.ModuleDict({objective.name: objective for objective in objectives})
 
 
@@ -96,7 +101,8 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         self.settings = settings
         self.preprocessor = self.from_config_dict(self._cfg.preprocessor)
         self._check_preprocessor()
-        self.tokenizer_model = self.register_artifact("tokenizer.model_path", cfg.tokenizer.model_path)
+        self._tokenizer = Path(str(self.register_artifact("tokenizer.model_path", cfg.tokenizer.model_path)))
+        self._tokenizer_bytes = self._tokenizer.read_bytes()
         width = settings.conformer.d_model
         self.speech_encoder = SpeechEncoder(settings.speech_encoder, settings.conformer)
         self.text_encoder = TextEncoder(settings.text_encoder, width)
@@ -118,6 +124,17 @@ class SLAMPretrainingModel(ModelPT, Encoders):
     @classmethod
     def list_available_models(cls) -> list[Any]:
         return []
+
+    @property
+    def tokenizer_model(self) -> Path:
+        """The SentencePiece file. NeMo deletes what it unpacks once it has restored: then a copy, kept for as long as
+        this model."""
+        if not self._tokenizer.is_file():
+            folder = tempfile.mkdtemp(prefix="nemo_slam_")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._tokenizer = Path(folder) / "tokenizer.model"
+            self._tokenizer.write_bytes(self._tokenizer_bytes)
+        return self._tokenizer
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -149,7 +166,7 @@ class SLAMPretrainingModel(ModelPT, Encoders):
 
     def check_tokenizer(self) -> None:
         """The embedding must hold every piece of the tokenizer; random replacements are drawn from its pieces alone."""
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.tokenizer_model)).get_piece_size()
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=self._tokenizer_bytes).get_piece_size()
         if pieces > self.settings.text_encoder.vocab_size:
             raise ValueError(
                 f"the tokenizer {self.tokenizer_model} has {pieces} pieces, model.text_encoder.vocab_size is "

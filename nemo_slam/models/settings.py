@@ -14,6 +14,7 @@ from nemo_slam.modules.quantizer import GumbelQuantizerConfig
 from nemo_slam.modules.random_projection import RandomProjectionConfig
 from nemo_slam.modules.speech_encoder import SpeechEncoderConfig
 from nemo_slam.modules.text_encoder import TextEncoderConfig
+from nemo_slam.objectives.ctc import INPUTS as CTC_INPUTS
 from nemo_slam.objectives.inputs import SpeechMasking, TokenMasking
 from nemo_slam.objectives.masked_speech import SpeechLossConfig
 from nemo_slam.objectives.matching import INPUTS, NEGATIVES
@@ -50,7 +51,7 @@ class MatchingConfig:
     """Attributes:
     input: ``unmasked`` (ALBEF) or ``masked``, as translation language modelling masks.
     negatives: ``stream`` (the pair stream's, of fitting length) or ``in_batch``: the text of another pair of the
-        micro-batch, drawn by similarity (ALBEF); where there is none with another text, the stream's.
+        micro-batch, of any rank's, drawn by similarity (ALBEF); where there is none with another text, the stream's.
     """
 
     input: str = "unmasked"
@@ -66,9 +67,23 @@ class MatchingConfig:
 
 @dataclass(frozen=True)
 class CTCConfig:
-    """On the speech of translation language modelling's pairs, which must be enabled (mSLAM)."""
+    """CTC on the pairs' speech (mSLAM).
+
+    Attributes:
+        input: ``translation_lm`` (the speech of that objective's pairs, masked beside its masked text) or ``speech``
+            (the paired speech alone).
+        speech_masking: of ``speech``; null hears everything.
+    """
 
     weight: float = 1.0
+    input: str = "translation_lm"
+    speech_masking: SpeechMasking | None = None
+
+    def __post_init__(self) -> None:
+        if self.input not in CTC_INPUTS:
+            raise ValueError(f"input: {self.input!r} is not one of {', '.join(CTC_INPUTS)}")
+        if self.speech_masking is not None and self.input != "speech":
+            raise ValueError("speech_masking is of input=speech alone: translation_lm has its own")
 
 
 @dataclass(frozen=True)
@@ -82,8 +97,8 @@ class ObjectivesConfig:
     ctc: CTCConfig | None = None
 
     def __post_init__(self) -> None:
-        if self.translation_lm is None and self.ctc is not None:
-            raise ValueError("ctc reads the speech of translation_lm's pairs: enable that too")
+        if self.translation_lm is None and self.ctc is not None and self.ctc.input == "translation_lm":
+            raise ValueError("ctc reads the speech of translation_lm's pairs: enable that too, or set ctc.input=speech")
         if self.translation_lm is None and self.matching is not None and self.matching.input == "masked":
             raise ValueError("matching.input=masked takes its masking from translation_lm: enable that too")
 

@@ -1,8 +1,8 @@
-"""CTC on the paired speech at the multimodal encoder's output, as mSLAM adds it to translation language modelling.
+"""CTC on paired speech at the multimodal encoder's output, as mSLAM adds it to translation language modelling.
 
-Which input (unknown): the speech rows of ``translation_lm``'s sequences, where half of the tokens and a quarter of the
-frames are visible. That adds no sequence to a step. The other input with paired speech and its text, matching's, shows
-the whole text: there CTC would learn to copy.
+Which input (unknown): ``translation_lm``, the speech rows of that objective's sequences, where half of the tokens and a
+quarter of the frames are visible, which adds no sequence to a step; or ``speech``, the paired speech alone, as a
+recogniser will hear it. Matching's sequences, with the whole text, would teach to copy.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
+from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput
 
 if TYPE_CHECKING:
     from nemo_slam.models.step import StepOutputs
+
+INPUTS = ("translation_lm", "speech")
 
 
 class PairCTC(Objective):
@@ -27,17 +30,30 @@ class PairCTC(Objective):
     counted in the metric ``skipped``.
 
     Args:
-        source: the multimodal input whose speech rows are read.
+        input: ``translation_lm`` or ``speech``.
+        speech_masking: of ``speech``; None hears everything.
     """
 
     name = "ctc"
     streams = ("pairs",)
 
-    def __init__(self, weight: float, d_model: int, vocab_size: int, source: str):
+    def __init__(
+        self,
+        weight: float,
+        d_model: int,
+        vocab_size: int,
+        input: str = "translation_lm",
+        speech_masking: SpeechMasking | None = None,
+    ):
         super().__init__()
         self.weight = weight
-        self.source = source
         self.head = nn.Linear(d_model, vocab_size + 1)
+        self.source = input
+        if input == "speech":
+            self.source = self.name
+            self.speech = (SpeechInput(self.name, "pairs", speech_masking, draw=2),)
+            self.text = (TextInput(self.name, "pairs"),)  # the targets, which no sequence shows
+            self.multimodal = (MultimodalInput(self.name, speech=self.name),)
 
     def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
         device = outputs.hidden.device

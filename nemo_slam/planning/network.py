@@ -74,16 +74,18 @@ class Network:
         objectives = self.model["objectives"]
         speech, pairs = batch.speech.to_rows(), batch.pair_speech.to_rows()
         tlm, matching = objectives["translation_lm"] is not None, objectives["matching"] is not None
-        acoustic = [speech] * (objectives["masked_speech"] is not None) + [pairs] * (tlm + matching)
+        alone = objectives["ctc"] is not None and objectives["ctc"].get("input") == "speech"
+        acoustic = [speech] * (objectives["masked_speech"] is not None) + [pairs] * (tlm + matching + alone)
         pair = pairs + batch.pair_text + 1
         multimodal = [
             *[speech] * (objectives["masked_speech"] is not None),
             *[batch.text] * (objectives["masked_text"] is not None),
             *[pair] * (tlm + matching),
             *[pairs + batch.pair_negative + 1] * matching,
+            *[pairs] * alone,
         ]
         texts = [batch.text] * (objectives["masked_text"] is not None)
-        texts += [batch.pair_text] * (tlm + matching) + [batch.pair_negative] * matching
+        texts += [batch.pair_text] * (tlm + matching + alone) + [batch.pair_negative] * matching
         spoken = self._packed(acoustic)
         if acoustic:
             self.tally.part = "front end"

@@ -25,7 +25,7 @@ def token_places(outputs, batch, name: str) -> list[tuple[int, int, int]]:
 
 
 def _lengths(batch, name: str, segment: str) -> list[int]:
-    part = batch.pairs if name.startswith(("translation_lm", "matching")) else getattr(batch, segment)
+    part = batch.pairs if name.startswith(("translation_lm", "matching", "ctc")) else getattr(batch, segment)
     if segment == "speech":
         return [-(-int(samples) // 160 // 4) for samples in part.audio_lengths]
     return (part.negative_lengths if name.endswith("negative") else part.lengths).tolist()

@@ -6,7 +6,14 @@ import plain_losses as plain
 import pytest
 import torch
 
-OBJECTIVES = {"translation_lm": {}, "ctc": {"weight": 0.2}}
+INPUTS = {
+    "translation_lm": {"translation_lm": {}, "ctc": {"weight": 0.2}},
+    "speech": {"ctc": {"weight": 0.2, "input": "speech"}},
+    "masked speech": {
+        "matching": {},
+        "ctc": {"weight": 0.2, "input": "speech", "speech_masking": {"start_probability": 0.1}},
+    },
+}
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
 
@@ -52,10 +59,10 @@ def test_the_two_references_agree():
         torch.testing.assert_close(forward_variables(logits, text, 3), all_alignments(logits, text, 3), **CLOSE)
 
 
-@pytest.fixture
-def step(build_model, detached):
+@pytest.fixture(params=INPUTS)
+def step(request, build_model, detached):
     def build(batch):
-        model = build_model(objectives=OBJECTIVES)
+        model = build_model(objectives=INPUTS[request.param])
         outputs = detached(model, batch)
         ctc = model.objectives["ctc"]
         return model, outputs, ctc, ctc(outputs)
@@ -63,9 +70,14 @@ def step(build_model, detached):
     return build
 
 
+def speech_positions(outputs, batch, i):
+    source = "translation_lm" if "translation_lm" in outputs.multimodal else "ctc"
+    begin = plain.multimodal_begins(outputs, batch)[source, i] + (source == "translation_lm")  # after its CLS
+    return slice(begin, begin + -(-int(batch.pairs.audio_lengths[i]) // 160 // 4))
+
+
 def speech_rows(outputs, batch, i):
-    begin = plain.multimodal_begins(outputs, batch)["translation_lm", i] + 1
-    return outputs.hidden[begin : begin + -(-int(batch.pairs.audio_lengths[i]) // 160 // 4)]
+    return outputs.hidden[speech_positions(outputs, batch, i)]
 
 
 def test_values_and_gradients(step, make_batch):
@@ -104,12 +116,7 @@ def test_a_pair_with_too_few_frames_is_skipped_and_counted(step, make_batch, tok
     assert (loss.total > other + 1) == kept
     (gradient,) = torch.autograd.grad(loss.total, outputs.hidden)
     assert torch.isfinite(gradient).all()
-    assert gradient[speech_positions(outputs, 0)].any() == kept
-
-
-def speech_positions(outputs, i):
-    begin = outputs.packed.starts["translation_lm"][i, 1]
-    return slice(begin, begin + outputs.packed.lengths["translation_lm"][i, 1])
+    assert gradient[speech_positions(outputs, batch, 0)].any() == kept
 
 
 @pytest.mark.parametrize("pairs", [(), ((0.2, 20, 4),)], ids=["no pair", "all too short"])
@@ -123,10 +130,18 @@ def test_a_count_of_zero_is_no_error(step, make_batch, pairs):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_without_translation_lm_it_is_refused(model_config):
+def test_what_cannot_be(model_config):
     from nemo_slam.models.pretraining import SLAMPretrainingModel
 
-    with pytest.raises(ValueError, match=r"model\.objectives: ctc reads the speech of translation_lm's pairs"):
-        SLAMPretrainingModel(model_config(objectives={"masked_speech": {}, "ctc": {}}))
-    with pytest.raises(ValueError, match=r"matching\.input=masked takes its masking from translation_lm"):
-        SLAMPretrainingModel(model_config(objectives={"matching": {"input": "masked"}}))
+    def refused(match, **objectives):
+        with pytest.raises(ValueError, match=match):
+            SLAMPretrainingModel(model_config(objectives=objectives))
+
+    wanting = (
+        r"model\.objectives: ctc reads the speech of translation_lm's pairs: enable that too, or set ctc\.input=speech"
+    )
+    refused(wanting, masked_speech={}, ctc={})
+    refused(r"matching\.input=masked takes its masking from translation_lm", matching={"input": "masked"})
+    refused(r"input: 'text' is not one of translation_lm, speech", translation_lm={}, ctc={"input": "text"})
+    masking = {"start_probability": 0.1}
+    refused(r"speech_masking is of input=speech alone", translation_lm={}, ctc={"speech_masking": masking})

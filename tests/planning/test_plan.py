@@ -69,13 +69,15 @@ CASES = [
     pytest.param("slam_stage1", "tiny", LARGE, id="stage1-tiny"),
     pytest.param("slam_one_stage", "tiny", LARGE, id="all-tiny"),
     pytest.param("slam_one_stage", "base", SMALL, id="all-base"),
+    pytest.param("slam_stage2", "tiny", SMALL, id="ctc-on-speech-tiny"),
 ]
 
 
 @pytest.mark.parametrize(("config", "size", "lengths"), CASES)
 def test_operations_and_memory_of_a_real_step(build, make_batch, config, size, lengths):
     """Within a tenth; docs/scaling.md says how far exactly."""
-    model, node = build(config, f"model={size}", "model.conformer.kernels=torch")
+    overrides = ["model.objectives.ctc={weight: 1.0, input: speech}"] if config == "slam_stage2" else []
+    model, node = build(config, f"model={size}", "model.conformer.kernels=torch", *overrides)
     model.train()
     batch, planned_batch = make_batch(*lengths), micro_batch(*lengths)
     options = {"precision": PRECISIONS["32-true"], "fused": False}
