@@ -35,10 +35,10 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo oracle learning study report docs test cluster-test image-test lint format gpu-check clean distclean
+.PHONY: help setup data pretrain demo oracle learning study report docs test cluster-test image-test lint format gpu-check clean distclean faults
 
 help:  ## list the commands
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 ifdef READY_PYTHON
 setup:
@@ -138,7 +138,7 @@ format: setup  ## apply ruff's formatting and its safe fixes
 	$(RUN) -m ruff format .
 
 clean:  ## remove caches and build outputs; data/, runs/ and .venv stay
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find nemo_slam kernels scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too

@@ -1,4 +1,4 @@
-"""Does pre-training help? Fine-tuning from scratch, from speech alone, from stage 1 and from stage 2, on human speech.
+"""Does pre-training help? Fine-tuning from scratch and from several pre-trainings, on human speech, over several seeds.
 
     python benchmarks/study.py                                  # everything: hours on two cores
     python benchmarks/study.py --arms scratch stage2 --seeds 0  # a part; more later, the rest is kept
@@ -6,7 +6,8 @@
 
 Every run is a command of this project with its own run folder; calling again goes on where it stopped. Pre-training
 sees training splits only, and all arms get the same fine-tuning steps with the same settings. The whole study writes
-benchmarks/results/study.json and docs/results.md, a part of it or --quick writes to --folder.
+benchmarks/results/study.json and docs/results.md, a part of it or --quick writes to --folder. What it consists of,
+steps, arms and settings, stands in study_settings.py.
 """
 
 from __future__ import annotations
@@ -23,15 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from study_settings import BASELINE, STUDY  # beside this file
+
 ROOT = Path(__file__).resolve().parents[1]
-ARMS = ("scratch", "speech", "stage1", "stage2")
-TASKS = {"asr": ARMS, "st": ("scratch", "stage2")}
-LABELS = {"asr": ("all", "few"), "st": ("all",)}
-METRICS = {"asr": ("cer", "wer"), "st": ("bleu", "chrf")}
-SEEDS = (0, 1, 2)
-FEW = 40
-LONGEST_TEST = 10.0
-"""Seconds: the marks of stock NeMo that ours are held against were taken on test utterances up to this."""
+SCRIPTS = ROOT / "scripts"
+# ---- the commands --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -43,205 +40,195 @@ class Step:
     arguments: tuple[str, ...]
     output: Path
 
-
-@dataclass(frozen=True)
-class Size:
-    """Optimizer steps of each kind of run."""
-
-    stage1: int = 1200
-    stage2: int = 600
-    asr: int = 600
-    st: int = 600
-
-
-QUICK = Size(2, 2, 2, 2)
+    @property
+    def shown(self) -> str:
+        return shlex.join(["python", f"scripts/{self.script}", *self.arguments])
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arms, tasks, seeds = [BASELINE, *STUDY.arms], list(STUDY.tasks), list(STUDY.seeds)
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="run folders; default: %(default)s")
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="of fine-tuning; default: 0 1 2")
+    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help=f"of fine-tuning; default: {seeds}")
     parser.add_argument("--quick", action="store_true", help="two steps a run")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     return parser.parse_args(arguments)
 
 
-def pretraining(folder: Path, data_root: Path, size: Size, arms: list[str]) -> list[Step]:
-    """The runs that the arms start from; one seed, shared by all fine-tuning seeds."""
-    common = ("model=tiny", f"data.root={data_root}", f"exp_manager.exp_dir={folder}")
-    wanted = {
-        "speech": ("slam_stage1", size.stage1, ("model.objectives.masked_text=null",)),
-        "stage1": ("slam_stage1", size.stage1, ()),
-        "stage2": ("slam_stage2", size.stage2, (f"init_from={folder}/stage1/stage1.nemo",)),
-    }
-    needed = [arm for arm in wanted if arm in arms or (arm == "stage1" and "stage2" in arms)]
-    steps = []
-    for name in needed:
-        config, number, keys = wanted[name]
-        own = ("--config-name", config, f"name={name}", *common, f"trainer.max_steps={number}", *keys)
-        steps.append(Step(f"pretrain {name}", "speech_pretrain.py", own, folder / name / f"{name}.nemo"))
-    return steps
+class Plan:
+    """All commands of what the options name."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.study = STUDY.quick() if options.quick else STUDY
+        self.folder: Path = options.folder
+        self.tasks = {name: task for name, task in self.study.tasks.items() if name in options.tasks}
+        self.arms = {
+            name: [arm for arm in (BASELINE, *task.arms) if arm in options.arms] for name, task in self.tasks.items()
+        }
+        self.seeds: list[int] = options.seeds
+        self.common = (*self.study.common, f"data.root={options.data_root}", f"exp_manager.exp_dir={self.folder}")
+
+    def nemo(self, name: str) -> Path:
+        return self.folder / name / f"{name}.nemo"
+
+    def test(self, task: str) -> Path:
+        return self.folder / "manifests" / f"{task}_test.json"
+
+    def run_name(self, task: str, labels: str, arm: str, seed: int) -> str:
+        return f"{task}_{labels}_{arm}_{seed}"
+
+    def chain(self, arm: str) -> list[str]:
+        """The pre-trainings behind an arm, first to last."""
+        if arm == BASELINE:
+            return []
+        after = self.study.arms[arm].after
+        return [*([] if after is None else self.chain(after)), arm]
+
+    def pretraining(self) -> list[Step]:
+        """The runs that the arms start from; one each, shared by all fine-tuning seeds."""
+        needed = dict.fromkeys(name for arms in self.arms.values() for arm in arms for name in self.chain(arm))
+        steps = []
+        for name in needed:
+            arm = self.study.arms[name]
+            start = () if arm.after is None else (f"init_from={self.nemo(arm.after)}",)
+            own = ("--config-name", arm.config, f"name={name}", *self.common, f"trainer.max_steps={arm.steps}")
+            steps.append(Step(f"pretrain {name}", "speech_pretrain.py", (*own, *arm.keys, *start), self.nemo(name)))
+        return steps
+
+    def starts(self) -> list[Step]:
+        """The encoder's effective rank before fine-tuning, on each task's test speech; a run of one step at a rate of 0
+        has the random encoder."""
+        still = ("model.optim.lr=0.0", "model.optim_param_groups.encoder.lr=0.0", "model.optim.sched.min_lr=0.0")
+        keys = ("--config-name", "asr_ctc", "name=random", *self.common, "data.validation_ds=null", *still)
+        random = Step("random", "speech_finetune.py", (*keys, "trainer.max_steps=1"), self.nemo("random"))
+        steps = [random] if any(BASELINE in arms for arms in self.arms.values()) else []
+        for task, arms in self.arms.items():
+            for arm in arms:
+                nemo, out = self.nemo("random" if arm == BASELINE else arm), self.rank_before(task, arm)
+                arguments = (str(nemo), str(self.test(task)), "--probes", "--out", str(out))
+                steps.append(Step(f"{arm}: probes before {task}", "evaluate.py", arguments, out))
+        return steps
+
+    def rank_before(self, task: str, arm: str) -> Path:
+        return self.folder / "probes" / f"{task}_{arm}.json"
+
+    def finetuning(self, name: str, arm: str, labels: str, seed: int) -> list[Step]:
+        """Fine-tune, transcribe the test utterances, probe the encoder."""
+        task, run = self.tasks[name], self.run_name(name, labels, arm, seed)
+        keys = [*self.common, f"trainer.max_steps={task.steps}", f"seed={seed}", *task.keys]
+        if labels == "few":
+            keys.append(f"data.train_ds.manifest_filepath={self.folder}/manifests/{name}_few.json")
+        if arm != BASELINE:
+            keys.append(f"init_from={self.nemo(arm)}")
+        nemo, test = str(self.nemo(run)), str(self.test(name))
+        out, probes = self.folder / run / "test.jsonl", self.folder / run / "probes.json"
+        train = ("--config-name", task.config, f"name={run}", *keys)
+        return [
+            Step(run, "speech_finetune.py", train, Path(nemo)),
+            Step(f"{run}: test", "transcribe.py", (nemo, test, "--out", str(out)), out),
+            Step(f"{run}: probes", "evaluate.py", (nemo, test, "--probes", "--out", str(probes)), probes),
+        ]
+
+    def steps(self) -> list[Step]:
+        """In an order in which each finds what it needs; a part of it is a fair part, since seeds come outermost."""
+        found = [*self.pretraining(), *self.starts()]
+        for seed in self.seeds:
+            for name, task in self.tasks.items():
+                for labels in task.labels:
+                    for arm in self.arms[name]:
+                        found += self.finetuning(name, arm, labels, seed)
+        return found
 
 
-def finetuning(folder: Path, data_root: Path, size: Size, task: str, arm: str, labels: str, seed: int) -> list[Step]:
-    """Fine-tune, transcribe the test utterances, probe the encoder."""
-    name = f"{task}_{labels}_{arm}_{seed}"
-    config = {"asr": "asr_ctc", "st": "st"}[task]
-    keys = [f"trainer.max_steps={getattr(size, task)}", f"seed={seed}"]
-    if labels == "few":
-        keys.append(f"data.train_ds.manifest_filepath={folder}/manifests/es_train_{FEW}.json")
-    if arm != "scratch":
-        keys.append(f"init_from={folder}/{arm}/{arm}.nemo")
-    common = ("model=tiny", f"data.root={data_root}", f"exp_manager.exp_dir={folder}")
-    nemo, test = folder / name / f"{name}.nemo", folder / "manifests" / f"{task}_test.json"
-    out, probes = folder / name / "test.jsonl", folder / name / "probes.json"
-    return [
-        Step(name, "speech_finetune.py", ("--config-name", config, f"name={name}", *common, *keys), nemo),
-        Step(f"{name}: test", "transcribe.py", (str(nemo), str(test), "--out", str(out)), out),
-        Step(f"{name}: probes", "evaluate.py", (str(nemo), str(test), "--probes", "--out", str(probes)), probes),
-    ]
+# ---- running them --------------------------------------------------------------------------------
+
+NOTE_EVERY = 20.0
+"""Seconds: as much of a command's time is lost when the study is killed."""
 
 
-def starts(folder: Path, data_root: Path, arms: list[str]) -> list[Step]:
-    """The encoder's effective rank before fine-tuning; a run of one step at a rate of 0 has the random encoder."""
-    still = ("model.optim.lr=0.0", "model.optim_param_groups.encoder.lr=0.0", "model.optim.sched.min_lr=0.0")
-    common = ("model=tiny", f"data.root={data_root}", f"exp_manager.exp_dir={folder}", "data.validation_ds=null")
-    random = folder / "random" / "random.nemo"
-    keys = ("--config-name", "asr_ctc", "name=random", *common, "trainer.max_steps=1", *still)
-    steps = [Step("random", "speech_finetune.py", keys, random)] if "scratch" in arms else []
-    for arm in arms:
-        nemo = random if arm == "scratch" else folder / arm / f"{arm}.nemo"
-        out = folder / "probes" / f"{arm}.json"
-        test = folder / "manifests" / "asr_test.json"
-        arguments = (str(nemo), str(test), "--probes", "--out", str(out))
-        steps.append(Step(f"{arm}: probes before fine-tuning", "evaluate.py", arguments, out))
-    return steps
+def note_file(step: Step, folder: Path) -> Path:
+    return folder / "state" / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
 
 
-def plan(options: argparse.Namespace) -> list[Step]:
-    """All commands, in an order in which each finds what it needs."""
-    folder, root, size = options.folder, options.data_root, QUICK if options.quick else Size()
-    arms = [arm for arm in ARMS if arm in options.arms]
-    steps = [*pretraining(folder, root, size, arms), *starts(folder, root, arms)]
-    for seed in options.seeds:  # seeds last in the order of results, first in that of running: a part is a fair part
-        for task in options.tasks:
-            for labels in LABELS[task]:
-                for arm in (arm for arm in arms if arm in TASKS[task]):
-                    steps += finetuning(folder, root, size, task, arm, labels, seed)
-    return steps
-
-
-def run(step: Step, state: Path) -> None:
-    """Run a command unless it is done, and note what it took (over all attempts).
+def run(step: Step, folder: Path) -> None:
+    """Run a command unless it is done, and note what it takes, over all attempts.
 
     Exits where the command fails, or its output is there but came of another command.
     """
-    shown = shlex.join(["python", f"scripts/{step.script}", *step.arguments])
-    file = state / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
-    note: dict[str, Any] = {"command": shown, "seconds": 0.0, "done": False}
+    file = note_file(step, folder)
+    note: dict[str, Any] = {"command": step.shown, "seconds": 0.0, "done": False}
     if file.is_file():
         note = json.loads(file.read_text())
-    if note["command"] != shown:
+    if note["command"] != step.shown:
         sys.exit(f"study: {step.name} was begun with other settings:\n  {note['command']}\nGive another --folder")
     if note["done"] and step.output.is_file():
         return
-    print(f"\n$ {shown}", flush=True)
-    started = time.perf_counter()
-    status = subprocess.run([sys.executable, str(ROOT / "scripts" / step.script), *step.arguments]).returncode
-    note["seconds"] += time.perf_counter() - started
-    note["done"] = status == 0 and step.output.is_file()
+    print(f"\n$ {step.shown}", flush=True)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(note, indent=1) + "\n")
+    before, started, status = note["seconds"], time.perf_counter(), None
+    with subprocess.Popen([sys.executable, str(SCRIPTS / step.script), *step.arguments]) as process:
+        while status is None:
+            try:
+                status = process.wait(NOTE_EVERY)
+            except subprocess.TimeoutExpired:
+                status = None
+            note["seconds"] = before + time.perf_counter() - started
+            note["done"] = status == 0 and step.output.is_file()
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(note, indent=1) + "\n")
+            os.replace(part, file)  # a kill leaves the old note or the new one
     if not note["done"]:
         sys.exit(f"study: {step.name} ended with status {status}; the same command again goes on from here")
 
 
-def write_manifests(folder: Path, data_root: Path) -> None:
+def write_manifests(plan: Plan, data_root: Path) -> None:
     """The test utterances of each task, and the few training ones: those whose hash is smallest."""
     source = data_root / "manifests"
 
-    def rows(name: str) -> list[dict[str, Any]]:
+    def rows(name: str, reference: str) -> list[dict[str, Any]]:
         lines = (source / f"{name}.json").read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines]
+        found = [row for row in map(json.loads, lines) if reference in row]
         return [{**row, "audio_filepath": os.path.abspath(source / row["audio_filepath"])} for row in found]
 
-    def write(name: str, chosen: list[dict[str, Any]]) -> None:
-        path = folder / "manifests" / f"{name}.json"
+    def write(path: Path, chosen: list[dict[str, Any]]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), encoding="utf-8")
 
-    short = [row for name in ("es_test", "fr_test") for row in rows(name) if row["duration"] <= LONGEST_TEST]
-    write("asr_test", [row for row in short if row["lang"] == "es"])
-    write("st_test", [row for row in short if "translation" in row])
-    train = sorted(rows("es_train"), key=lambda row: hashlib.sha256(row["prompt_id"].encode()).hexdigest())
-    write(f"es_train_{FEW}", train[:FEW])
-
-
-def results(options: argparse.Namespace) -> dict[str, Any]:
-    """Scores, differences and compute of what the options name."""
-    from environment import describe  # beside this file
-
-    from nemo_slam.evaluation.comparison import compare_arms
-
-    folder: Path = options.folder
-    found: dict[str, Any] = {}
-    for task in options.tasks:
-        reference = {"asr": "text", "st": "translation"}[task]
-        for labels in LABELS[task]:
-            runs = {
-                arm: [folder / f"{task}_{labels}_{arm}_{seed}" for seed in options.seeds]
-                for arm in ARMS
-                if arm in options.arms and arm in TASKS[task]
-            }
-            transcripts = {arm: [run / "test.jsonl" for run in own] for arm, own in runs.items()}
-            table = compare_arms(transcripts, METRICS[task], reference, baseline="scratch")
-            for arm, own in runs.items():
-                ranks = [json.loads((run / "probes.json").read_text())["effective_rank"] for run in own]
-                table[arm]["effective_rank"] = sum(ranks) / len(ranks)
-            found[f"{task}, {labels} labels"] = table
-    notes = {file.stem: json.loads(file.read_text()) for file in sorted((folder / "state").glob("*.json"))}
-    before = {arm: json.loads((folder / "probes" / f"{arm}.json").read_text()) for arm in ARMS if arm in options.arms}
-    return {
-        "seeds": options.seeds,
-        "steps": vars(QUICK if options.quick else Size()),
-        "environment": describe(),
-        "rank_before_finetuning": {arm: probes["effective_rank"] for arm, probes in before.items()},
-        "tables": found,
-        "commands": notes,
-    }
+    for name, task in plan.tasks.items():
+        tests = [row for language in task.languages for row in rows(f"{language}_test", task.reference)]
+        write(plan.test(name), [row for row in tests if row["duration"] <= plan.study.longest_test])
+        if "few" in task.labels:
+            train = rows(f"{task.languages[0]}_train", task.reference)
+            train.sort(key=lambda row: hashlib.sha256(row["prompt_id"].encode()).hexdigest())
+            write(plan.folder / "manifests" / f"{name}_few.json", train[: plan.study.few])
 
 
 def main() -> None:
     options = parse_arguments()
     sys.path.insert(0, str(ROOT))
     options.folder = options.folder.resolve()
-    steps = plan(options)
+    plan = Plan(options)
+    steps = plan.steps()
     if options.dry_run:
-        for step in steps:
-            print(shlex.join(["python", f"scripts/{step.script}", *step.arguments]))
+        print("\n".join(step.shown for step in steps))
         return
-    corpus = ("prompts", "--root", str(options.data_root))
+    corpus = Step("corpus", "prepare_data.py", ("prompts", "--root", str(options.data_root)), options.data_root)
     if not (options.data_root / "corpus.json").is_file():
-        run(Step("corpus", "prepare_data.py", corpus, options.data_root / "corpus.json"), options.folder / "state")
-    write_manifests(options.folder, options.data_root)
+        run(corpus, options.folder)
+    write_manifests(plan, options.data_root)
     for number, step in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] {step.name}", flush=True)
-        run(step, options.folder / "state")
+        run(step, options.folder)
 
-    from nemo_slam.evaluation.comparison import page
+    from study_results import results, write  # beside this file
 
-    found = results(options)
-    whole = not options.quick and set(options.arms) == set(ARMS) and set(options.tasks) == set(TASKS)
-    whole = whole and set(options.seeds) >= set(SEEDS)
-    target = ROOT / "benchmarks" / "results" / "study.json" if whole else options.folder / "study.json"
-    text = ROOT / "docs" / "results.md" if whole else options.folder / "results.md"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text.write_text(page(found), encoding="utf-8")
-    print(f"\nstudy: {target}, {text}")
+    whole = not options.quick and options.arms == [BASELINE, *STUDY.arms] and options.tasks == list(STUDY.tasks)
+    whole = whole and set(options.seeds) >= set(STUDY.seeds)
+    places = (ROOT / "benchmarks" / "results", ROOT / "docs") if whole else (options.folder, options.folder)
+    write(results(plan, options.data_root), *places)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several seeds of several arms on the same test utterances: pooled scores, paired differences, and a page of them."""
+"""Several seeds of several arms on the same test utterances: pooled scores and paired differences."""
 
 from __future__ import annotations
 
@@ -86,54 +86,3 @@ def verdict(metric: str, difference: Interval) -> str:
         return "not clear of zero"
     better = (difference.value < 0) == (metric in LOWER_IS_BETTER)
     return "better" if better else "worse"
-
-
-def page(study: Mapping[str, Any]) -> str:
-    """``docs/results.md`` of a study."""
-    steps, seeds = study["steps"], study["seeds"]
-    lines = [
-        "# Results: does pre-training help?",
-        "",
-        "Made by `make study` (`benchmarks/study.py`); the numbers are in `study.json`, with every command.",
-        "",
-        "**One speaker a language.** The corpus is telephone prompts, English and Spanish read by the same person, and "
-        "those who read the training data read the test utterances (up to 10 s) too. These figures compare ways to "
-        "start; they do not say how well anything recognises speech.",
-        "",
-        f"Tiny models. Fine-tuning: {steps['asr']} steps of 30 s of speech for recognition, {steps['st']} for "
-        f"translation, the same settings for all arms, seeds {', '.join(map(str, seeds))}. Pre-training: "
-        f"{steps['stage1']} steps of stage 1 or of speech alone, {steps['stage2']} more of stage 2, one seed, on "
-        "training splits only. Intervals: 95%, bootstrap over utterances, each drawn with all its seeds; differences "
-        "are paired.",
-        "",
-        "Effective rank: of the encoder's output on the test speech, before and after fine-tuning (mean over seeds).",
-    ]
-    before = study["rank_before_finetuning"]
-    for title, table in study["tables"].items():
-        metrics = [key for key in next(iter(table.values())) if key != "effective_rank"]
-        heads = [cell for metric in metrics for cell in (metric.upper(), "of the seeds", "minus scratch")]
-        lines += ["", f"## {_title(title)}", "", f"| start | {' | '.join(heads)} | rank before | after |"]
-        lines.append("|" + "---|" * (len(heads) + 3))
-        for arm, row in table.items():
-            cells = []
-            for metric in metrics:
-                found = row[metric]
-                cells += [str(Interval(**found["score"])), ", ".join(f"{score:.1f}" for score in found["seeds"])]
-                difference = None if found["difference"] is None else Interval(**found["difference"])
-                cells.append("" if difference is None else f"{difference}, {verdict(metric, difference)}")
-            lines.append(f"| {arm} | {' | '.join(cells)} | {before[arm]:.1f} | {row['effective_rank']:.1f} |")
-        number = next(iter(table.values()))[metrics[0]]["utterances"]
-        lines += ["", f"{number} test utterances; WER and CER: lower is better, BLEU and chrF: higher."]
-    lines += ["", "## Compute", "", "| run | minutes |", "|---|---|"]
-    for name, note in study["commands"].items():
-        lines.append(f"| {name} | {note['seconds'] / 60:.1f} |")
-    total = sum(note["seconds"] for note in study["commands"].values()) / 3600
-    there = study["environment"]
-    lines += ["", f"{total:.2f} hours in all, on {there['device']}; commit {there['commit'][:12]}."]
-    return "\n".join(lines) + "\n"
-
-
-def _title(title: str) -> str:
-    task, _, labels = title.partition(", ")
-    shown = {"asr": "Spanish recognition (CTC)", "st": "Spanish and French speech to English text"}[task]
-    return f"{shown}, {'40 labelled utterances' if labels.startswith('few') else 'all labels'}"

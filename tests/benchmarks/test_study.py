@@ -1,41 +1,50 @@
 """The study: what it runs, that it resumes, and that its page says what its transcripts do."""
 
-import importlib.util
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_slam.evaluation.comparison import compare_arms, page, verdict
+from nemo_slam.evaluation.comparison import compare_arms, verdict
+from nemo_slam.evaluation.results_page import page
 from nemo_slam.evaluation.text_metrics import Interval
 
 
-@pytest.fixture(scope="module")
-def study():
-    path = Path(__file__).parents[2] / "benchmarks" / "study.py"
-    spec = importlib.util.spec_from_file_location("study_script", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["study_script"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def study(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    for name in ("study", "study_settings", "study_results"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import study
+
+    return study
+
+
+def plan(study, *arguments):
+    return study.Plan(study.parse_arguments(list(arguments)))
 
 
 def test_the_plan_has_every_arm_with_equal_steps(study):
-    steps = study.plan(study.parse_arguments(["--folder", "/s"]))
+    steps = plan(study, "--folder", "/s").steps()
     runs = [step for step in steps if step.script == "speech_finetune.py" and step.name != "random"]
-    assert len(runs) == 4 * 2 * 3 + 2 * 3
-    for task in ("asr", "st"):
-        own = [step for step in runs if step.name.startswith(task)]
-        assert len({next(a for a in step.arguments if a.startswith("trainer.max_steps")) for step in own}) == 1
-    # Apart from where they start, two arms get the same command.
-    by_name = {step.name: [a for a in step.arguments if not a.startswith(("init_from", "name="))] for step in runs}
-    assert by_name["asr_few_scratch_1"] == by_name["asr_few_stage2_1"] == by_name["asr_few_speech_1"]
-    pretrained = [step for step in steps if step.script == "speech_pretrain.py"]
-    assert [step.name for step in pretrained] == ["pretrain speech", "pretrain stage1", "pretrain stage2"]
-    assert "model.objectives.masked_text=null" in pretrained[0].arguments
-    assert "init_from=/s/stage1/stage1.nemo" in pretrained[2].arguments
+    tasks = study.STUDY.tasks
+    per_seed = sum(len(task.labels) * (1 + len(task.arms)) for task in tasks.values())
+    assert len(runs) == per_seed * len(study.STUDY.seeds) > 0
+    for name in tasks:
+        own = [step for step in runs if step.name.startswith(f"{name}_")]
+        # Apart from where they start, two arms get the same command.
+        keys = {}
+        for step in own:
+            _, labels, _, seed = step.name.split("_")
+            given = tuple(a for a in step.arguments if not a.startswith(("init_from", "name=")))
+            keys.setdefault((labels, seed), set()).add(given)
+        assert all(len(found) == 1 for found in keys.values())
+        assert f"trainer.max_steps={tasks[name].steps}" in own[0].arguments
+    pretrained = [step.name for step in steps if step.script == "speech_pretrain.py"]
+    assert pretrained == [f"pretrain {name}" for name in study.STUDY.arms]
     # Whatever a run starts from is made before it.
     made = set()
     for step in steps:
@@ -44,18 +53,37 @@ def test_the_plan_has_every_arm_with_equal_steps(study):
         made.add(str(step.output))
 
 
+def test_the_arms_are_those_that_the_question_names(study):
+    speech, stage1, stage2 = (study.STUDY.arms[name] for name in ("speech", "stage1", "stage2"))
+    assert "model.objectives.masked_text=null" in speech.keys
+    assert (stage1.config, stage2.config, stage2.after) == ("slam_stage1", "slam_stage2", "stage1")
+    quick = study.STUDY.quick()
+    assert {arm.steps for arm in quick.arms.values()} | {task.steps for task in quick.tasks.values()} == {2}
+    assert quick.arms["stage2"].after == "stage1"
+
+
 def test_a_part_makes_only_what_it_needs(study):
-    steps = study.plan(study.parse_arguments(["--arms", "stage2", "--tasks", "st", "--seeds", "5"]))
+    steps = plan(study, "--arms", "stage2", "--tasks", "st", "--seeds", "5").steps()
     assert [s.name for s in steps if s.script.startswith("speech_")] == [
         *("pretrain stage1", "pretrain stage2", "st_all_stage2_5")
     ]
+
+
+def test_an_arms_ranks_are_of_the_same_speech_before_and_after(study):
+    """As those of the fine-tuned model: the test utterances of the task."""
+    there = {step.name: step.arguments[1] for step in plan(study).steps() if "--probes" in step.arguments}
+    for name, task in study.STUDY.tasks.items():
+        for arm in ("scratch", *task.arms):
+            before = there[f"{arm}: probes before {name}"]
+            assert before == there[f"{name}_all_{arm}_0: probes"]
+            assert before.endswith(f"{name}_test.json")
 
 
 def test_every_override_is_a_key_of_its_config(study):
     from hydra import compose, initialize_config_dir
 
     conf = Path(__file__).parents[2] / "conf"
-    for step in study.plan(study.parse_arguments(["--seeds", "0"])):
+    for step in plan(study, "--seeds", "0").steps():
         if step.script.startswith("speech_"):
             folder = conf / "finetuning" if "finetune" in step.script else conf
             flag, name, *overrides = step.arguments
@@ -64,56 +92,81 @@ def test_every_override_is_a_key_of_its_config(study):
                 compose(name, overrides=overrides)
 
 
+def note(step, study, folder):
+    return json.loads(study.note_file(step, folder).read_text())
+
+
 def test_a_stopped_study_goes_on_and_refuses_other_settings(study, tmp_path, monkeypatch):
-    calls = []
-
-    class Done:
-        returncode = 0
-
-    def fake(command):
-        calls.append(command)
-        if len(calls) != 2:
-            (tmp_path / command[-1]).write_text("x")
-        return Done()
-
-    monkeypatch.setattr(study.subprocess, "run", fake)
+    """Commands that count their calls; the second fails the first time."""
+    monkeypatch.setattr(study, "SCRIPTS", tmp_path)
+    (tmp_path / "x.py").write_text(
+        "import pathlib, sys\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "calls = here / 'calls'\n"
+        "calls.write_text((calls.read_text() if calls.exists() else '') + sys.argv[1] + ' ')\n"
+        "if calls.read_text() != 'one two ':\n"
+        "    (here / sys.argv[1]).write_text('x')\n"
+    )
     first, second = (study.Step(n, "x.py", (n,), tmp_path / n) for n in ("one", "two"))
-    study.run(first, tmp_path / "state")
+    study.run(first, tmp_path)
     with pytest.raises(SystemExit, match="two ended with status 0; the same command again"):
-        study.run(second, tmp_path / "state")
-    study.run(first, tmp_path / "state")
-    study.run(second, tmp_path / "state")
-    assert [command[-1] for command in calls] == ["one", "two", "two"]
-    note = json.loads((tmp_path / "state" / "two.json").read_text())
-    assert note["done"]
-    assert note["seconds"] > 0
+        study.run(second, tmp_path)
+    failed = note(second, study, tmp_path)
+    assert not failed["done"]
+    study.run(first, tmp_path)
+    study.run(second, tmp_path)
+    assert (tmp_path / "calls").read_text() == "one two two "
+    assert note(second, study, tmp_path)["done"]
+    assert note(second, study, tmp_path)["seconds"] > failed["seconds"] > 0
     with pytest.raises(SystemExit, match="begun with other settings"):
-        study.run(study.Step("one", "x.py", ("other",), tmp_path / "one"), tmp_path / "state")
+        study.run(study.Step("one", "x.py", ("other",), tmp_path / "one"), tmp_path)
 
 
-def test_manifests_hold_short_test_utterances_and_few_labels(study, tmp_path):
-    source = tmp_path / "data" / "manifests"
-    source.mkdir(parents=True)
+def test_time_is_noted_while_a_command_runs(study, tmp_path, monkeypatch):
+    """So that little of it is lost when the study is killed: the command reads its own note."""
+    monkeypatch.setattr(study, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(study, "NOTE_EVERY", 0.02)
+    step = study.Step("one", "x.py", (), tmp_path / "seen.json")
+    (tmp_path / "x.py").write_text(
+        "import pathlib, time\n"
+        f"note = pathlib.Path({str(study.note_file(step, tmp_path))!r})\n"
+        "while not note.exists() or '\"seconds\": 0.0,' in note.read_text():\n"
+        "    time.sleep(0.02)\n"
+        f"pathlib.Path({str(step.output)!r}).write_text(note.read_text())\n"
+    )
+    study.run(step, tmp_path)
+    seen = json.loads(step.output.read_text())
+    assert not seen["done"]
+    assert 0 < seen["seconds"] < note(step, study, tmp_path)["seconds"]
+
+
+def write_data(root):
+    (root / "manifests").mkdir(parents=True)
+    (root / "corpus.json").write_text(json.dumps({"speakers": "one a language"}))
     for name, number in (("es_train", 60), ("es_test", 6), ("fr_test", 3)):
         rows = [
             {"audio_filepath": f"../a/{i}.wav", "duration": 4.0 * (i % 3 + 1), "text": "x", "lang": name[:2],
              "prompt_id": str(i), **({"translation": "y"} if i % 2 else {})}
             for i in range(number)
         ]  # fmt: skip
-        (source / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    study.write_manifests(tmp_path / "s", tmp_path / "data")
+        (root / "manifests" / f"{name}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_manifests_hold_short_test_utterances_and_few_labels(study, tmp_path):
+    write_data(tmp_path / "data")
+    study.write_manifests(plan(study, "--folder", str(tmp_path / "s")), tmp_path / "data")
     read = {p.stem: [json.loads(x) for x in p.read_text().splitlines()] for p in (tmp_path / "s/manifests").iterdir()}
     assert [row["prompt_id"] for row in read["asr_test"]] == ["0", "1", "3", "4"]
     assert [(row["lang"], row["prompt_id"]) for row in read["st_test"]] == [("es", "1"), ("es", "3"), ("fr", "1")]
-    assert len({row["prompt_id"] for row in read["es_train_40"]}) == 40
+    assert len({row["prompt_id"] for row in read["asr_few"]}) == study.STUDY.few
     assert read["asr_test"][0]["audio_filepath"] == str(tmp_path / "data" / "a" / "0.wav")
 
 
-def transcripts(path, wrong):
+def transcripts(path, wrong, reference="text"):
     """Ten words each; the first ``wrong[i]`` words of utterance i are wrong."""
     words = list("abcdefghij")
     lines = [
-        {"audio_filepath": f"{i}.wav", "text": " ".join(words), "pred_text": " ".join(["x"] * n + words[n:])}
+        {"audio_filepath": f"{i}.wav", reference: " ".join(words), "pred_text": " ".join(["x"] * n + words[n:])}
         for i, n in enumerate(wrong)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
@@ -139,23 +192,85 @@ def test_differences_are_paired_and_pool_the_seeds(tmp_path):
     assert verdict("bleu", better) == "worse"
     assert verdict("wer", Interval(**table["noise"]["wer"]["difference"])) == "not clear of zero"
 
-    for arm, rank in (("scratch", 30.0), ("better", 41.0), ("noise", 7.0)):
-        table[arm]["effective_rank"] = rank
-    study = {
-        "seeds": [0, 1],
-        "steps": {"stage1": 9, "stage2": 8, "asr": 7, "st": 6},
-        "environment": {"device": "CPU (z, 2 cores)", "commit": "0123456789abcdef"},
-        "rank_before_finetuning": {"scratch": 37.0, "better": 20.0, "noise": 6.5},
-        "tables": {"asr, few labels": table},
-        "commands": {"a": {"seconds": 90.0}, "b": {"seconds": 30.0}},
-    }
-    text = page(study)
-    assert "One speaker a language" in text
-    assert "| better | " in text
-    assert "-10.00 [-10.00, -10.00], better | 20.0 | 41.0 |" in text
-    assert "Spanish recognition (CTC), 40 labelled utterances" in text
-    assert "| a | 1.5 |" in text
-    assert "0.03 hours in all, on CPU (z, 2 cores); commit 0123456789ab" in text
+
+FINISHED = {
+    "asr": {"scratch": (5, 4), "speech": (4, 3), "stage1": (5, 4), "stage2": (7, 6)},
+    "st": {"scratch": (5, 5), "stage2": (3, 2)},
+}
+"""Wrong words of ten, by task, arm and seed."""
+
+
+def finish(the_plan, data_root):
+    """What all runs of a study would leave; the arms' utterances differ by a constant, so intervals are points."""
+    for step in the_plan.steps():
+        step.output.parent.mkdir(parents=True, exist_ok=True)
+        file = the_plan.folder / "state" / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
+        file.parent.mkdir(exist_ok=True)
+        seconds = {"speech_pretrain.py": 600.0, "speech_finetune.py": 60.0}.get(step.script, 0.0)
+        file.write_text(json.dumps({"seconds": seconds}))
+        train = {"manifest_filepath": f"{data_root}/manifests/es_train.json", "frames_per_step": 3000}
+        if step.script == "speech_pretrain.py":
+            train = {"speech": train, "text": {"text_filepath": ["text/train.txt"]}, "pairs": None}
+        if step.script.startswith("speech_"):
+            (step.output.parent / "config.yaml").write_text(json.dumps({"data": {"train_ds": train}}))
+        elif "--probes" in step.arguments:
+            step.output.write_text(json.dumps({"effective_rank": 37.0 if "before" in step.name else 12.0}))
+        else:
+            task, _, arm, seed = step.name.partition(":")[0].split("_")
+            number = FINISHED[task][arm][int(seed)]
+            transcripts(step.output, [number] * 9, {"asr": "text", "st": "translation"}[task])
+
+
+def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
+    """Words of one letter: a wrong word is a wrong letter of 19, with the spaces."""
+    import study_results
+    from torch import nn
+
+    from nemo_slam.evaluation import transcription
+
+    monkeypatch.setattr(transcription, "restore", lambda path: nn.Linear(1000, 1000, bias=False))
+    write_data(tmp_path / "data")
+    the_plan = plan(study, "--folder", str(tmp_path / "s"), "--seeds", "0", "1")
+    tasks = {name: replace(task, metrics=("wer",), steps=77) for name, task in the_plan.tasks.items()}
+    tasks = {n: replace(t, marks={m: {**v, "wer": 40} for m, v in t.marks.items()}) for n, t in tasks.items()}
+    the_plan.tasks, the_plan.study = tasks, replace(the_plan.study, tasks=tasks)
+    finish(the_plan, tmp_path / "data")
+    found = study_results.results(the_plan, tmp_path / "data")
+    study_results.write(found, tmp_path / "out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["settings"] == json.loads(
+        json.dumps(asdict(the_plan.study))
+    )
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert (
+        "* Spanish recognition (CTC), all labels (60 utterances), WER minus scratch: better: speech (-10.0); worse: "
+        "stage2 (+20.0); not clear of zero: stage1 (+0.0).\n"
+    ) in text
+    assert "translation" not in text.split("## ")[0].partition("English text")[0]
+    assert "English text, all labels (30 utterances), WER minus scratch: better: stage2 (-25.0)." in text
+    assert "**Speakers: one a language.**" in text
+    assert "2 seed(s) (0, 1). **Each arm was pre-trained once**" in text
+    assert "| speech | 35.00 [35.00, 35.00] | 40.0, 30.0 | -10.00 [-10.00, -10.00], better | 37.0 | 12.0 |" in text
+    assert "1.00 M parameters, 77 steps of 30 s of speech; 9 test utterances. WER: lower is better." in text
+    assert "stock NeMo from scratch, WER 40 (4.13 M parameters, 600 steps, 43 test utterances)" in text
+    assert "WER minus that: scratch +5.0, speech -5.0, stage1 +5.0, stage2 +25.0." in text
+    steps = {name: arm.steps for name, arm in study.STUDY.arms.items()}
+    assert f"| stage2 | stage1 {steps['stage1']}, then stage2 {steps['stage2']} | 20.0 | 1.0 | 1.0 | 1.0 |" in text
+    assert "| scratch | none | 0.0 | 1.0 | 1.0 | 1.0 |" in text
+    assert "Pre-training read es_train.json, train.txt." in text
+    hours = (3 * 600 + 60 * (1 + 2 * (2 * 4 + 2))) / 3600
+    assert f"{hours:.2f} hours in all" in text
+
+    # Of the page nothing stays the same when the numbers turn round.
+    for table in found["tables"]:
+        for row in table["arms"].values():
+            difference = row["wer"]["difference"]
+            if difference is not None:
+                row["wer"]["difference"] = {
+                    "value": -difference["value"],
+                    "low": -difference["high"],
+                    "high": -difference["low"],
+                }
+    assert "better: stage2 (-20.0); worse: speech (+10.0)" in page(found)
 
 
 def test_other_utterances_cannot_be_compared(tmp_path):

@@ -1,0 +1,99 @@
+"""What `study.py` compares: arms, tasks, steps, seeds. Everything that its results depend on is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+BASELINE = "scratch"
+"""The arm without pre-training."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How an arm's encoder is made: a config of speech_pretrain.py, its steps and overrides, and the arm whose weights
+    it starts from."""
+
+    config: str
+    steps: int
+    keys: tuple[str, ...] = ()
+    after: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an encoder is fine-tuned for.
+
+    Attributes:
+        config, steps, keys: of speech_finetune.py, the same for all arms.
+        arms: beside the baseline.
+        labels: ``all`` training rows, or ``few`` of the first language's.
+        reference: the key of the rows to reach; test rows without it are left out.
+        languages: of the test utterances.
+        marks: figures of others to compare with: name, then score by metric, ``steps``, ``parameters``,
+            ``utterances``.
+    """
+
+    title: str
+    config: str
+    steps: int
+    arms: tuple[str, ...]
+    labels: tuple[str, ...]
+    reference: str
+    metrics: tuple[str, ...]
+    languages: tuple[str, ...]
+    keys: tuple[str, ...] = ()
+    marks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that the results depend on."""
+
+    common: tuple[str, ...] = ("model=tiny",)
+    seeds: tuple[int, ...] = (0, 1, 2)  # of fine-tuning; an arm is pre-trained once
+    few: int = 40  # labelled utterances
+    longest_test: float = 10.0  # seconds of a test utterance, those of the marks
+    arms: Mapping[str, Pretraining] = field(
+        default_factory=lambda: {
+            "speech": Pretraining("slam_stage1", 1200, ("model.objectives.masked_text=null",)),
+            "stage1": Pretraining("slam_stage1", 1200),
+            "stage2": Pretraining("slam_stage2", 600, after="stage1"),
+        }
+    )
+    tasks: Mapping[str, Task] = field(
+        default_factory=lambda: {
+            "asr": Task(
+                *("Spanish recognition (CTC)", "asr_ctc", 600, ("speech", "stage1", "stage2"), ("all", "few")),
+                *("text", ("cer", "wer"), ("es",)),
+                marks={
+                    "stock NeMo from scratch": {
+                        "cer": 19,
+                        "wer": 64,
+                        "steps": 600,
+                        "parameters": 4.13e6,
+                        "utterances": 43,
+                    },
+                    "stock NeMo after BEST-RQ": {
+                        "cer": 29,
+                        "wer": 79,
+                        "steps": 600,
+                        "parameters": 4.13e6,
+                        "utterances": 43,
+                    },
+                },
+            ),
+            "st": Task(
+                *("Spanish and French speech to English text", "st", 600, ("stage2",), ("all",)),
+                *("translation", ("bleu", "chrf"), ("es", "fr")),
+            ),
+        }
+    )
+
+    def quick(self) -> Study:
+        """Two steps a run."""
+        arms = {name: replace(arm, steps=2) for name, arm in self.arms.items()}
+        return replace(self, arms=arms, tasks={name: replace(task, steps=2) for name, task in self.tasks.items()})
+
+
+STUDY = Study()
