@@ -17,7 +17,6 @@ from omegaconf import DictConfig, OmegaConf
 import nemo_slam
 import slam_kernels
 from nemo_slam.training.environment import package_versions
-from nemo_slam.training.parallel import announce_host
 
 MOST = 10
 """Differences that a message lists."""
@@ -88,7 +87,6 @@ class Agreement(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size == 1 or not dist.is_initialized():
             return
-        announce_host()
         # A short hash from everyone first: only if they differ does the whole config of every rank travel.
         digest = hashlib.blake2b(json.dumps(self.own, sort_keys=True).encode(), digest_size=16).hexdigest()
         digests: list[Any] = [None] * trainer.world_size

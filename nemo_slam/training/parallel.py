@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
@@ -30,6 +27,8 @@ class ParallelConfig:
     gradient_as_bucket_view: gradients lie in DDP's messages, instead of being copied there.
     timeout_seconds: a message between ranks that takes longer ends the run. Longer than any pause that is no fault,
         such as the writing of a checkpoint.
+    lost_after_seconds: a rank that gives no sign of life for so long is lost, and the run ends. Longer than any pause
+        of a healthy machine; one that is merely slow gives signs.
     """
 
     strategy: str = "ddp"
@@ -37,6 +36,7 @@ class ParallelConfig:
     static_graph: bool | None = None
     gradient_as_bucket_view: bool = True
     timeout_seconds: int = 1800
+    lost_after_seconds: int = 30
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -46,6 +46,8 @@ class ParallelConfig:
                 f"bucket_megabytes and timeout_seconds must be positive, got {self.bucket_megabytes} and "
                 f"{self.timeout_seconds}"
             )
+        if self.lost_after_seconds < 10:
+            raise ValueError(f"lost_after_seconds must be at least 10, got {self.lost_after_seconds}")
 
 
 def processes(trainer: Mapping[str, Any]) -> int:
@@ -121,64 +123,3 @@ def whole_weights(model: LightningModule) -> Iterator[None]:
         yield
     finally:
         del vars(model)["state_dict"]
-
-
-# ---- a rank that is gone -------------------------------------------------------------------------
-
-COMMUNICATION = (
-    "gloo",
-    "NCCL",
-    "Connection closed by peer",
-    "Connection reset",
-    "Broken pipe",
-    "Timed out",
-    "TCPStore",
-)
-"""What errors of a message between ranks say."""
-
-
-class LostRankError(RuntimeError):
-    """Other ranks do not answer any more."""
-
-
-@contextmanager
-def name_lost_ranks(wait_seconds: float = 10.0) -> Iterator[None]:
-    """Turns an error of communication into one that names the ranks, and their machines, that do not answer.
-
-    Every rank that meets such an error says so in the store that all of them know. Those that do not within
-    ``wait_seconds`` are gone or stuck.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not several or not any(word in str(error) for word in COMMUNICATION):
-            raise
-        raise LostRankError(f"{_lost(wait_seconds)}. The same command resumes from the last checkpoint") from error
-
-
-def announce_host() -> None:
-    """Tells the others which machine this rank is on, for `name_lost_ranks`."""
-    _store().set(f"host/{dist.get_rank()}", socket.gethostname())
-
-
-def _store() -> Any:
-    return dist.PrefixStore("nemo_slam", dist.distributed_c10d._get_default_store())
-
-
-def _lost(wait_seconds: float) -> str:
-    rank, ranks = dist.get_rank(), range(dist.get_world_size())
-    try:
-        store = _store()
-        store.set(f"alive/{rank}", "")
-        deadline = time.monotonic() + wait_seconds
-        silent = list(ranks)
-        while silent and time.monotonic() < deadline:
-            silent = [other for other in silent if not store.check([f"alive/{other}"])]
-            time.sleep(0.2)
-        names = [f"rank {other} ({store.get(f'host/{other}').decode()})" for other in silent]
-    except (RuntimeError, dist.DistError):
-        return f"rank {rank}: the machine of rank 0 does not answer, where all ranks meet"
-    if not names:
-        return f"rank {rank}: a message between ranks failed, although all of them still run"
-    return f"rank {rank}: no answer from {', '.join(names)}"

@@ -31,7 +31,8 @@ from nemo_slam.training.checkpoints import (
 from nemo_slam.training.data_module import SLAMDataModule
 from nemo_slam.training.guards import StepGuard, memory_advice
 from nemo_slam.training.initialise import load_weights, read_weights
-from nemo_slam.training.parallel import ParallelConfig, make_strategy, name_lost_ranks, whole_weights
+from nemo_slam.training.lost_ranks import LostRanks
+from nemo_slam.training.parallel import ParallelConfig, make_strategy, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
 from nemo_slam.training.run_folder import RunMetrics
 
@@ -215,7 +216,9 @@ def pretrain(cfg: DictConfig) -> Path:
     # A rank that does not see the others' checkpoints would start from the beginning: nodes without a shared folder.
     found = {"resume from step": None if resume is None else resume[0]}
     trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated, **found})))
-    with memory_advice(cfg), name_lost_ranks():
+    lost_ranks = LostRanks(parse(ParallelConfig, cfg.parallel, "parallel").lost_after_seconds)
+    trainer.callbacks.insert(0, lost_ranks)
+    with memory_advice(cfg), lost_ranks:
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
 
     exit_if_terminated(trainer)
