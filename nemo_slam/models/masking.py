@@ -56,6 +56,13 @@ class MaskedRows:
         """What the keyed samplers of ``slam_kernels`` take."""
         return self.index, self.cu_seqlens, self.ids, self.epochs
 
+    def sequences_below(self, rows: int) -> tuple[Tensor, Tensor]:
+        """How many sequences the input has, and how many of them with fewer masked rows than that."""
+        sequence = torch.searchsorted(self.cu_seqlens.long(), self.index, right=True) - 1
+        masked = torch.zeros_like(self.ids).index_add(0, sequence, torch.ones_like(sequence))
+        own = self.ids >= 0
+        return own.sum(), (own & (masked < rows)).sum()
+
 
 def _identities(packed: PackedSequences, name: str, stream: str, batch: StepBatch) -> tuple[Tensor, Tensor]:
     """Example ids, unique over streams, and epochs (S,) of an input's sequences; ids are -1 elsewhere."""

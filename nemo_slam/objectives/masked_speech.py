@@ -118,9 +118,13 @@ class SpeechLoss(nn.Module):
         # Accuracy is over the rows that still have a distractor: under collapse few are left, and it must not look
         # like failure.
         contested = count((distractors >= 0).any(dim=1).sum(), loss)
+        utterances, skipped = masked.sequences_below(2)
         return ObjectiveOutput(
             [Loss(f"{prefix}/contrastive", loss, count(rows, loss), weight * config.contrastive_weight)],
-            [Metric(f"{prefix}/contrastive_accuracy", correct.sum(), contested)],
+            [
+                Metric(f"{prefix}/contrastive_accuracy", correct.sum(), contested),
+                Metric(f"{prefix}/contrastive_skipped", count(skipped, loss), count(utterances, loss)),
+            ],
         )
 
     def _codes(

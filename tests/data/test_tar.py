@@ -108,6 +108,18 @@ def test_a_shard_truncated_after_the_index_was_built(corpus):
     assert "audio_2.tar:4.wav: the tar file ends" in rows.path.read_text()
 
 
+def test_an_index_that_does_not_match_its_shards_is_built_anew(corpus, caplog):
+    """Other members at the old places: without a look at the tar files a row would get another utterance's samples."""
+    stream = SpeechStream(config(corpus), seed=0)
+    expected = stream.load(np.arange(6), np.zeros(6, np.int64))
+    before = (corpus / "audio_0.tar").stat()
+    write_tars(corpus, {0: ["1.wav", "0.wav"]})
+    assert (corpus / "audio_0.tar").stat().st_size == before.st_size
+    found = SpeechStream(config(corpus), seed=0).load(np.arange(6), np.zeros(6, np.int64))
+    assert "does not match its sources any more" in caplog.text
+    assert torch.equal(found.audio, expected.audio)
+
+
 def test_a_compressed_shard_is_refused_with_a_reason(corpus):
     write_tars(corpus, {0: ["0.wav"]}, ".gz")
     rows = BadRows(corpus / "bad_rows.jsonl")

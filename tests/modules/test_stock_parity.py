@@ -6,6 +6,7 @@ import torch
 from nemo.collections.asr.modules import ConformerEncoder
 from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 
+from nemo_slam.models.encoder import SLAMEncoder
 from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.modules.speech_encoder import (
     PackedConvSubsampling,
@@ -16,18 +17,14 @@ from nemo_slam.modules.speech_encoder import (
 from nemo_slam.packing import Segments, gather_rows, pack
 
 EPS = 1e-3
+CONFORMER = {"d_model": 32, "d_ff": 64, "n_heads": 4, "conv_norm_groups": 8, "conv_norm_eps": EPS, "dropout": 0.0}
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 37, 64, 101]
 
 
-@pytest.fixture(scope="module")
-def encoders():
-    """(stock, ours) with the same weights, in float64."""
-    torch.manual_seed(0)
-    config = ConformerConfig(d_model=32, d_ff=64, n_heads=4, conv_norm_groups=8, conv_norm_eps=EPS, dropout=0.0)
-    ours = SpeechEncoder(SpeechEncoderConfig(feat_in=80, conv_channels=6, num_layers=3), config).double()
+def stock_encoder(layers: int) -> ConformerEncoder:
     stock = ConformerEncoder(
         feat_in=80,
-        n_layers=3,
+        n_layers=layers,
         d_model=32,
         subsampling="striding",
         subsampling_factor=4,
@@ -47,11 +44,26 @@ def encoders():
     for layer in stock.layers:
         layer.conv.batch_norm.eps = EPS
     stock.pos_enc.pe.zero_()
+    return stock
+
+
+def hide_nothing(weights):
+    """Affines of 1 and 0, as they are at the start, would hide a swapped one."""
+    for name in weights:
+        if "batch_norm" in name:
+            weights[name].copy_(torch.randn_like(weights[name]))
+
+
+@pytest.fixture(scope="module")
+def encoders():
+    """(stock, ours) with the same weights, in float64."""
+    torch.manual_seed(0)
+    settings = SpeechEncoderConfig(feat_in=80, conv_channels=6, num_layers=3)
+    ours = SpeechEncoder(settings, ConformerConfig(**CONFORMER)).double()
+    stock = stock_encoder(3)
     weights = {n: p for n, p in ours.state_dict().items() if not n.startswith("proj")}
     assert weights.keys() == stock.state_dict().keys()
-    for name in weights:
-        if "batch_norm" in name:  # defaults of 1 and 0 would hide a swapped affine
-            weights[name].copy_(torch.randn_like(weights[name]))
+    hide_nothing(weights)
     stock.load_state_dict(weights)
     return stock, ours
 
@@ -84,6 +96,63 @@ def test_encoder_equals_stock_on_one_utterance(encoders, length):
         torch.testing.assert_close(
             gradients[name], parameter.grad, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.fixture(scope="module")
+def whole_encoders():
+    """(stock with 2 + 2 layers, ours with the same). NeMo's has nothing between the two halves: ours is made to pass
+    rows on as they are."""
+    torch.manual_seed(0)
+    ours = SLAMEncoder(
+        conformer=CONFORMER,
+        speech_encoder={"num_layers": 2, "conv_channels": 6},
+        multimodal_encoder={"num_layers": 2, "speech_positions": "none"},
+    ).double()
+    weights = ours.state_dict()
+    hide_nothing(weights)
+    for name, value in (("speech_encoder.proj.weight", torch.eye(32)), ("speech_encoder.proj.bias", torch.zeros(32))):
+        weights[name].copy_(value)
+    stock = stock_encoder(4)
+    stock.load_state_dict({stock_name(name): p for name, p in weights.items() if stock_name(name)})
+    return stock, ours
+
+
+def stock_name(name: str) -> str | None:
+    """Speech layers 0 and 1 are NeMo's, as are multimodal ones, two further on."""
+    part, _, rest = name.partition(".")
+    if part == "multimodal_encoder" and rest.startswith("layers."):
+        _, number, rest = rest.split(".", 2)
+        return f"layers.{int(number) + 2}.{rest}"
+    return rest if part == "speech_encoder" and not rest.startswith("proj.") else None
+
+
+@pytest.mark.parametrize("length", [1, 5, 37, 101])
+def test_speech_and_multimodal_layers_equal_stock_on_one_utterance(whole_encoders, length):
+    """Forward and gradients, through both halves, beside utterances of other lengths."""
+    stock, ours = whole_encoders
+    generator = torch.Generator().manual_seed(length)
+    features = torch.randn(3, 80, 120, dtype=torch.float64, generator=generator)
+    weight = torch.randn(32, dtype=torch.float64, generator=generator)
+
+    stock.zero_grad()
+    expected, _ = stock(audio_signal=features[1:2, :, :length], length=torch.tensor([length]))
+    (expected[0].T @ weight).square().sum().backward()
+
+    ours.zero_grad()
+    found, lengths = ours(audio_signal=features, length=torch.tensor([120, length, 64]))
+    found = found[1, :, : lengths[1]]
+    (found.T @ weight).square().sum().backward()
+
+    torch.testing.assert_close(found, expected[0], rtol=0, atol=1e-9)
+    compared = 0
+    gradients = {name: parameter.grad for name, parameter in stock.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        if stock_name(name):
+            compared += 1
+            torch.testing.assert_close(
+                parameter.grad, gradients[stock_name(name)], rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert compared == len(gradients)
 
 
 def test_packed_front_end_equals_stock_on_each_utterance():

@@ -1,5 +1,7 @@
 """Each loss equals a plain float64 reference written from the papers' formulas: values and gradients."""
 
+from collections import Counter
+
 import plain_losses as plain
 import pytest
 import torch
@@ -87,6 +89,21 @@ def test_contrastive(speech):
     by_score, reference["codebook"] = plain.straight_through(scores, 2.0, quantizer.codebook.detach(), by_vector)
     reference |= gradients((logits * by_score).sum(), {k: leaves[k] for k in ("features", "logits")})
     assert_equal_gradients(ours, reference)
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("masked_speech", SPEECH), ("translation_lm", (1.2, 0.3, 0.9))])
+def test_utterances_with_too_few_masked_frames_are_skipped_and_counted(name, seconds, build_model, make_batch):
+    model = build_model()
+    batch = make_batch(speech=SPEECH, pairs=[(s, 5, 7) for s in seconds] if name == "translation_lm" else PAIRS)
+    outputs = model(batch)
+    result = objective(model, name)(outputs)
+    frames = Counter(place[2] for place in plain.places(outputs, batch, name))
+    few = [i for i in range(len(seconds)) if frames[i] < 2]
+    skipped = next(item for item in result.metrics if item.name == f"{name}/contrastive_skipped")
+    assert 0 < len(few) < len(seconds)
+    assert (skipped.total, skipped.count) == (len(few), len(seconds))
+    loss = next(item for item in result.losses if item.name == f"{name}/contrastive")
+    assert loss.count == sum(n for i, n in frames.items() if i not in few)
 
 
 def test_codes(speech):

@@ -152,6 +152,7 @@ def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, mo
     assert {name for name in metrics(third)[0] if "/" in name and "code" not in name} == {
         "masked_speech/contrastive",
         "masked_speech/contrastive_accuracy",
+        "masked_speech/contrastive_skipped",
         "masked_speech/diversity",
         "masked_speech/mask_rate",
     }
