@@ -12,7 +12,7 @@ from nemo.utils import logging
 from nemo.utils.model_utils import import_class_by_path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_slam.config import parse
+from nemo_slam.config import ConfigError, parse
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.stream import Stream
 from nemo_slam.finetuning.loader import FineTuningData
@@ -24,9 +24,9 @@ from nemo_slam.finetuning.stopping import EarlyStopping
 from nemo_slam.finetuning.task import Task, plain, prepare_corpus
 from nemo_slam.finetuning.text_tasks import ClassificationTask, TranslationTask
 from nemo_slam.modules.conformer import ConformerConfig
-from nemo_slam.training.checkpoints import checkpoint_callback, exit_if_terminated, finished_checkpoints
+from nemo_slam.training.checkpoints import checkpoint_callback, finished_checkpoints
 from nemo_slam.training.precision import check_run
-from nemo_slam.training.pretrain import data_identity, make_trainer, save_nemo
+from nemo_slam.training.pretrain import data_identity, fit, make_trainer, save_nemo
 
 MINIMUM_INITIALISED = 0.95
 """Share of the encoder's parameters that ``init_from`` must fill."""
@@ -75,6 +75,11 @@ def make_early_stopping(cfg: DictConfig, run_folder: Path) -> list[EarlyStopping
 def finetune(cfg: DictConfig) -> Path:
     """Run (or resume) fine-tuning and return the run folder; it ends with ``name.nemo``."""
     started = time.perf_counter()
+    if cfg.parallel.get("strategy", "ddp") != "ddp":
+        raise ConfigError(
+            f"parallel.strategy={cfg.parallel.strategy} is for pre-training alone: stock models go around the "
+            "forward by which shards are gathered. Leave it at ddp"
+        )
     seed_everything(cfg.seed, verbose=False)
     run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -118,9 +123,8 @@ def finetune(cfg: DictConfig) -> Path:
         OmegaConf.save(resolved, run_folder / "config.yaml")
         logging.info(table)
 
-    trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
-
-    exit_if_terminated(trainer)
+    validation = streams["validation"]
+    fit(cfg, trainer, model, data, {"train": train}, {} if validation is None else {"validation": validation}, resume)
     if trainer.global_step >= trainer.max_steps or any(callback.stopped for callback in stopping):
         for callback in stopping:
             logging.info(f"weights of step {callback.restore_best(model)}, the best by {callback.monitor}")

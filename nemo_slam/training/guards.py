@@ -165,16 +165,22 @@ def memory_advice(cfg: DictConfig) -> Iterator[None]:
 
 def _advice(cfg: DictConfig) -> str:
     accumulate = cfg.trainer.accumulate_grad_batches
+    train = cfg.data.train_ds  # a stream, in fine-tuning, or streams by name
+    nodes = {"data.train_ds": train}
+    nodes |= {f"data.train_ds.{name}": node for name, node in train.items() if isinstance(node, DictConfig)}
     budgets = [
-        f"data.train_ds.{stream}.{key} (now {node[key]})"
-        for stream, node in cfg.data.train_ds.items()
-        if node is not None
+        f"{where}.{key} (now {node[key]})"
+        for where, node in nodes.items()
         for key in ("frames_per_step", "tokens_per_step")
         if key in node
     ]
+    bound = (
+        " model.max_positions turns too large a batch into an error before it is computed."
+        if "max_positions" in cfg.model
+        else ""
+    )
     return (
         "Out of memory. The examples of a step stay the same if trainer.accumulate_grad_batches is raised "
         f"(now {accumulate}; {2 * accumulate} halves a micro-batch). Otherwise lower {', '.join(budgets)}, or the "
-        "longest example by max_duration and max_tokens. model.max_positions turns too large a batch into an error "
-        "before it is computed."
+        f"longest example by max_duration and max_tokens.{bound}"
     )

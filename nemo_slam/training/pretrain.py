@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
@@ -92,9 +92,7 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
     ]
     trainer = Trainer(
         **OmegaConf.to_container(cfg.trainer, resolve=True),
-        strategy=make_strategy(parse(ParallelConfig, cfg.parallel, "parallel"), cfg.trainer)
-        if "parallel" in cfg
-        else "auto",
+        strategy=make_strategy(parse(ParallelConfig, cfg.parallel, "parallel"), cfg.trainer),
         callbacks=callbacks,
         max_epochs=-1,
         check_val_every_n_epoch=None,
@@ -212,16 +210,7 @@ def pretrain(cfg: DictConfig) -> Path:
         _save_config(cfg, run_folder)
         logging.info(start_up_table(trainer, model, numbers, train))
 
-    validated = {f"validation {name}": stream.index.meta["digest"] for name, stream in validation.items()}
-    # A rank that does not see the others' checkpoints would start from the beginning: nodes without a shared folder.
-    found = {"resume from step": None if resume is None else resume[0]}
-    trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated, **found})))
-    lost_ranks = LostRanks(parse(ParallelConfig, cfg.parallel, "parallel").lost_after_seconds)
-    trainer.callbacks.insert(0, lost_ranks)
-    with memory_advice(cfg), lost_ranks:
-        trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
-
-    exit_if_terminated(trainer)
+    fit(cfg, trainer, model, data, train, validation, resume)
     if trainer.global_step >= trainer.max_steps:
         save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
@@ -232,6 +221,32 @@ def pretrain(cfg: DictConfig) -> Path:
             f"{run_folder}{left_out}"
         )
     return run_folder
+
+
+def fit(
+    cfg: DictConfig,
+    trainer: Trainer,
+    model: LightningModule,
+    data: LightningDataModule,
+    train: dict[str, Stream],
+    validation: dict[str, Stream],
+    resume: tuple[int, Path] | None,
+) -> None:
+    """Train, on ranks that were started alike, and explain what went wrong with memory or with a rank.
+
+    Args:
+        train, validation: open streams by name.
+        resume: step and path of the checkpoint to go on from.
+    """
+    validated = {f"validation {name}": stream.index.meta["digest"] for name, stream in validation.items()}
+    # A rank that does not see the others' checkpoints would start from the beginning: nodes without a shared folder.
+    found = {"resume from step": None if resume is None else resume[0]}
+    trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated, **found})))
+    lost_ranks = LostRanks(parse(ParallelConfig, cfg.parallel, "parallel").lost_after_seconds)
+    trainer.callbacks.insert(0, lost_ranks)
+    with memory_advice(cfg), lost_ranks:
+        trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
+    exit_if_terminated(trainer)
 
 
 def data_identity(cfg: DictConfig, streams: dict[str, Stream]) -> dict[str, Any]:

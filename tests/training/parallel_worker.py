@@ -1,8 +1,10 @@
-"""What one of several processes of ``test_parallel.py`` runs: a whole pre-training run, as torchrun would start it."""
+"""What one of several processes of ``test_parallel.py`` and ``test_parallel_finetuning.py`` runs: a whole run, as
+torchrun would start it."""
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Record(Callback):
-    """The first step's gradients, and the weights at the end."""
+    """The first step's gradients and examples (of fine-tuning, whose batch is a tuple), and the weights at the end."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
+        self.examples = 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 0 and isinstance(batch, tuple | list):
+            self.examples = len(batch[1])
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
         if trainer.global_step == 0:
@@ -30,10 +37,10 @@ class Record(Callback):
         self.weights = {n: whole(p) for n, p in pl_module.named_parameters()}
 
 
-def work(rank: int, world: int, port: int, cfg: Any, out: Path) -> None:
-    """One rank; writes what it saw, or its error's text, to ``out/RANK.pt``."""
-    from nemo_slam.training import pretrain as module
-
+def work(rank: int, world: int, port: int, cfg: Any, out: Path, module_name: str) -> None:
+    """One rank of ``pretrain`` or ``finetune``, by the module that holds it; writes what it saw, or its error's text,
+    to ``out/RANK.pt``."""
+    module: Any = import_module(module_name)
     torch.set_num_threads(1)
     if world > 1:
         each = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": 0}
@@ -49,7 +56,8 @@ def work(rank: int, world: int, port: int, cfg: Any, out: Path) -> None:
     module.make_trainer = with_record
     seen: dict[str, Any] = {"error": ""}
     try:
-        module.pretrain(cfg)
+        getattr(module, module_name.rpartition(".")[2])(cfg)
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"
-    torch.save({**seen, "gradients": record.gradients, "weights": record.weights}, out / f"{rank}.pt")
+    seen |= {"gradients": record.gradients, "weights": record.weights, "examples": record.examples}
+    torch.save(seen, out / f"{rank}.pt")

@@ -189,6 +189,7 @@ def test_values_out_of_range(tmp_path, changes, message):
 SETTINGS = OmegaConf.create(
     {
         "trainer": {"accumulate_grad_batches": 3},
+        "model": {"max_positions": None},
         "data": {"train_ds": {"speech": {"frames_per_step": 700}, "text": {"tokens_per_step": 90}, "pairs": None}},
     }
 )
@@ -211,6 +212,16 @@ def test_running_out_of_memory_names_the_knobs(exhaust):
     assert type(caught.value) is type(caught.value.__cause__)
     assert "trainer.accumulate_grad_batches is raised (now 3; 6 halves a micro-batch)" in text
     assert "data.train_ds.speech.frames_per_step (now 700), data.train_ds.text.tokens_per_step (now 90)" in text
+
+
+def test_running_out_of_memory_in_fine_tuning_names_its_own():
+    """Whose data section is one stream, and whose stock models have no bound on positions."""
+    train = {"manifest_filepath": ["a", "b"], "frames_per_step": 700, "max_duration": 20.0, "cache_dir": None}
+    settings = OmegaConf.create({**SETTINGS, "data": {"train_ds": train}, "model": {}})
+    with pytest.raises(RuntimeError) as caught, memory_advice(settings):
+        exhaust_the_cpu()
+    assert "lower data.train_ds.frames_per_step (now 700), or" in str(caught.value)
+    assert "max_positions" not in str(caught.value)
 
 
 def test_other_errors_pass_as_they_are():

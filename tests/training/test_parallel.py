@@ -1,13 +1,10 @@
 """Whole runs of two processes: they train as one does, under each strategy, and refuse to start unlike."""
 
 import csv
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from omegaconf import OmegaConf
-from parallel_worker import work
 
 from nemo_slam.config import parse
 from nemo_slam.training.agreement import MOST, differences, flattened
@@ -16,36 +13,15 @@ from nemo_slam.training.parallel import ParallelConfig, make_strategy, processes
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def context():
-    """Processes of a server that has imported NeMo once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["nemo_slam.training.pretrain"])
-    return context
-
-
 @pytest.fixture
-def launch(context, pretrain_config, tmp_path):
+def launch(start_ranks, pretrain_config):
     """A function (name, config of each rank as overrides, common overrides) -> what each rank wrote."""
 
     def run(name, *overrides, ranks=((), ())):
-        out = tmp_path / f"{name}_results"
-        out.mkdir(exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         common = ["trainer.accelerator=cpu", f"trainer.max_steps={STEPS}", f"trainer.devices={len(ranks)}"]
         common += ["model.validation_ds=null", "probes=false", f"name={name}", *overrides]
-        jobs = [
-            context.Process(target=work, args=(r, len(ranks), port, pretrain_config(2, *common, *own), out))
-            for r, own in enumerate(ranks)
-        ]
-        for job in jobs:
-            job.start()
-        for job in jobs:
-            job.join(timeout=900)
-        assert [job.exitcode for job in jobs] == [0] * len(ranks)
-        return [torch.load(out / f"{r}.pt") for r in range(len(ranks))]
+        configs = [pretrain_config(2, *common, *own) for own in ranks]
+        return start_ranks("nemo_slam.training.pretrain", configs)
 
     return run
 
