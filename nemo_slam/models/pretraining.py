@@ -27,7 +27,7 @@ from nemo_slam.modules.random_projection import RandomProjectionQuantizer
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective, ObjectiveOutput, sum_over_ranks, world_size
-from nemo_slam.objectives.ctc import PairCTC
+from nemo_slam.objectives.ctc import PairCTC, spellings
 from nemo_slam.objectives.masked_speech import MaskedSpeech, SpeechLoss
 from nemo_slam.objectives.masked_text import MaskedText, TextLoss
 from nemo_slam.objectives.matching import Matching
@@ -53,7 +53,10 @@ def build_speech_loss(settings: ModelSettings) -> SpeechLoss | None:
 
 
 def build_objectives(
-    settings: ModelSettings, speech_loss: SpeechLoss | None, text_loss: TextLoss | None
+    settings: ModelSettings,
+    speech_loss: SpeechLoss | None,
+    text_loss: TextLoss | None,
+    tokenizer: sentencepiece.SentencePieceProcessor,
 ) -> nn.ModuleDict:
     """The objectives that the config enables, by name; the two losses that several share stay the model's."""
     chosen, width = settings.objectives, settings.conformer.d_model
@@ -83,8 +86,16 @@ def build_objectives(
         )
     if chosen.ctc is not None:
         ctc, vocab_size = chosen.ctc, settings.text_encoder.vocab_size
-        objectives.append(PairCTC(ctc.weight, width, vocab_size, ctc.input, ctc.speech_masking))
+        spelling = None if ctc.units == "pieces" else spell(tokenizer)
+        objectives.append(PairCTC(ctc.weight, width, vocab_size, spelling, ctc.input, ctc.speech_masking))
     return nn.ModuleDict({objective.name: objective for objective in objectives})
+
+
+def spell(tokenizer: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
+    """The characters of each piece, see :func:`~nemo_slam.objectives.ctc.spellings`."""
+    ids = range(tokenizer.get_piece_size())
+    plain = [not (tokenizer.is_unknown(i) or tokenizer.is_control(i) or tokenizer.is_byte(i)) for i in ids]
+    return spellings([tokenizer.id_to_piece(i) for i in ids], plain)
 
 
 class SLAMPretrainingModel(ModelPT, Encoders):
@@ -111,7 +122,12 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         predicts_text = chosen.masked_text is not None or chosen.translation_lm is not None
         self.speech_loss = build_speech_loss(settings)
         self.text_loss = TextLoss(settings.text_encoder.vocab_size) if predicts_text else None
-        self.objectives = build_objectives(settings, self.speech_loss, self.text_loss)
+        self.objectives = build_objectives(
+            settings,
+            self.speech_loss,
+            self.text_loss,
+            sentencepiece.SentencePieceProcessor(model_proto=self._tokenizer_bytes),
+        )
         # Without masked speech the vector would be a parameter that no loss reaches.
         masks_speech = any(i.masking is not None for objective in self.objectives.values() for i in objective.speech)
         learned = settings.mask_vector.kind == "learned" and masks_speech

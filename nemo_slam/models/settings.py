@@ -15,6 +15,7 @@ from nemo_slam.modules.random_projection import RandomProjectionConfig
 from nemo_slam.modules.speech_encoder import SpeechEncoderConfig
 from nemo_slam.modules.text_encoder import TextEncoderConfig
 from nemo_slam.objectives.ctc import INPUTS as CTC_INPUTS
+from nemo_slam.objectives.ctc import UNITS
 from nemo_slam.objectives.inputs import SpeechMasking, TokenMasking
 from nemo_slam.objectives.masked_speech import SpeechLossConfig
 from nemo_slam.objectives.matching import INPUTS, NEGATIVES
@@ -73,15 +74,19 @@ class CTCConfig:
         input: ``translation_lm`` (the speech of that objective's pairs, masked beside its masked text) or ``speech``
             (the paired speech alone).
         speech_masking: of ``speech``; null hears everything.
+        units: ``pieces`` of the text's vocabulary, or their ``characters``.
     """
 
     weight: float = 1.0
     input: str = "translation_lm"
+    units: str = "pieces"
     speech_masking: SpeechMasking | None = None
 
     def __post_init__(self) -> None:
         if self.input not in CTC_INPUTS:
             raise ValueError(f"input: {self.input!r} is not one of {', '.join(CTC_INPUTS)}")
+        if self.units not in UNITS:
+            raise ValueError(f"units: {self.units!r} is not one of {', '.join(UNITS)}")
         if self.speech_masking is not None and self.input != "speech":
             raise ValueError("speech_masking is of input=speech alone: translation_lm has its own")
 

@@ -3,10 +3,13 @@
 Which input (unknown): ``translation_lm``, the speech rows of that objective's sequences, where half of the tokens and a
 quarter of the frames are visible, which adds no sequence to a step; or ``speech``, the paired speech alone, as a
 recogniser will hear it. Matching's sequences, with the whole text, would teach to copy.
+
+Targets are the text's pieces, or their characters (mSLAM's vocabulary is of characters): these align much sooner.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +24,20 @@ if TYPE_CHECKING:
     from nemo_slam.models.step import StepOutputs
 
 INPUTS = ("translation_lm", "speech")
+UNITS = ("pieces", "characters")
+
+
+def spellings(pieces: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
+    """Each piece as numbers of characters, counted in their order; a piece that is not plain (unknown, control, a byte)
+    stays one symbol.
+
+    Args:
+        pieces: the vocabulary, by id.
+        plain: (V,) whether a piece stands for its characters.
+    """
+    parts = [list(piece) if spelt else [piece] for piece, spelt in zip(pieces, plain, strict=True)]
+    number = {symbol: i for i, symbol in enumerate(sorted({symbol for part in parts for symbol in part}))}
+    return [[number[symbol] for symbol in part] for part in parts]
 
 
 class PairCTC(Objective):
@@ -30,6 +47,7 @@ class PairCTC(Objective):
     counted in the metric ``skipped``.
 
     Args:
+        spelling: the symbols of each piece, see :func:`spellings`; None predicts pieces.
         input: ``translation_lm`` or ``speech``.
         speech_masking: of ``speech``; None hears everything.
     """
@@ -42,11 +60,18 @@ class PairCTC(Objective):
         weight: float,
         d_model: int,
         vocab_size: int,
+        spelling: Sequence[Sequence[int]] | None = None,
         input: str = "translation_lm",
         speech_masking: SpeechMasking | None = None,
     ):
         super().__init__()
         self.weight = weight
+        self.spelling: torch.Tensor | None
+        self.register_buffer("spelling", None, persistent=False)
+        if spelling is not None:
+            vocab_size = 1 + max(symbol for symbols in spelling for symbol in symbols)
+            width = max(map(len, spelling))
+            self.spelling = torch.tensor([[*symbols, *[-1] * (width - len(symbols))] for symbols in spelling])
         self.head = nn.Linear(d_model, vocab_size + 1)
         self.source = input
         if input == "speech":
@@ -64,6 +89,8 @@ class PairCTC(Objective):
         logits = self.head(outputs.hidden.index_select(0, rows))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         tokens = outputs.tokens.index_select(0, token_rows)
+        if self.spelling is not None:
+            tokens, lengths = self._spell(self.spelling, tokens, lengths)
 
         pairs, width = len(frames), int(frames.max(initial=0))
         place = np.full((pairs, width), len(logits), np.int64)
@@ -85,6 +112,14 @@ class PairCTC(Objective):
         total = count((sizes * possible).sum(), loss)
         skipped = Metric(f"{self.name}/skipped", count((~possible).sum(), loss), count(pairs, loss))
         return ObjectiveOutput([Loss(self.name, loss, total, self.weight)], [skipped])
+
+    @staticmethod
+    def _spell(spelling: torch.Tensor, tokens: torch.Tensor, lengths: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Texts of pieces laid end to end (N,), and their lengths (B,), as texts of symbols."""
+        symbols = spelling.index_select(0, tokens)
+        real = symbols >= 0
+        ends = np.concatenate([[0], real.sum(1).cumsum(0).cpu().numpy()])[np.cumsum(lengths)]
+        return symbols[real], np.diff(ends, prepend=0)
 
     @staticmethod
     def _repeats(tokens: torch.Tensor, lengths: np.ndarray) -> torch.Tensor:

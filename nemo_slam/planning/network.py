@@ -37,6 +37,7 @@ def parameters(model: Mapping[str, Any]) -> dict[str, int]:
         heads += vocab
     if (matching := objectives["matching"]) is not None:
         heads += d + 1 + 2 * (d + 1) * d * (matching.get("negatives") == "in_batch")
+    # Of units=characters only the tokenizer knows how many there are: no more than pieces, as a rule.
     heads += (d + 1) * (vocab + 1) * (objectives["ctc"] is not None)
     heads += d * (model["mask_vector"]["kind"] == "learned")
     return {

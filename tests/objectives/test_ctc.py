@@ -4,6 +4,7 @@ import itertools
 
 import plain_losses as plain
 import pytest
+import sentencepiece
 import torch
 
 INPUTS = {
@@ -130,6 +131,39 @@ def test_a_count_of_zero_is_no_error(step, make_batch, pairs):
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
+def test_characters(build_model, detached, make_batch):
+    """The alignments of the text letter by letter; what has no letters stays one symbol."""
+    model = build_model(objectives={"ctc": {"weight": 0.2, "input": "speech", "units": "characters"}})
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model.tokenizer_model))
+    batch = make_batch(pairs=((1.6, 5, 7), (0.4, 6, 3), (2.0, 8, 9)))
+    batch.pairs.tokens %= tokenizer.get_piece_size()
+    batch.pairs.tokens[0] = tokenizer.unk_id()
+    outputs = detached(model, batch)
+    ctc = model.objectives["ctc"]
+    result = ctc(outputs)
+    whole = {"<unk>", "<s>", "</s>"}
+    pieces = {tokenizer.id_to_piece(i) for i in range(tokenizer.get_piece_size())}
+    alphabet = {letter: i for i, letter in enumerate(sorted((pieces & whole) | set("".join(pieces - whole))))}
+    assert ctc.head.out_features == len(alphabet) + 1
+    total, symbols, skipped = 0, 0, 0
+    for i, text in enumerate(batch.pairs.tokens.split(batch.pairs.lengths.tolist())):
+        spelt = [
+            alphabet[letter]
+            for piece in map(tokenizer.id_to_piece, text.tolist())
+            for letter in ([piece] if piece in whole else piece)
+        ]
+        rows = speech_rows(outputs, batch, i)
+        if len(rows) < len(spelt) + sum(a == b for a, b in itertools.pairwise(spelt)):
+            skipped += 1
+            continue
+        total = total + forward_variables(rows @ ctc.head.weight.T + ctc.head.bias, spelt, blank=len(alphabet))
+        symbols += len(spelt)
+    (loss,), (metric,) = result.losses, result.metrics
+    assert (loss.count.item(), metric.total.item()) == (symbols, skipped)
+    assert symbols > 5
+    torch.testing.assert_close(loss.total, total, **CLOSE)
+
+
 def test_what_cannot_be(model_config):
     from nemo_slam.models.pretraining import SLAMPretrainingModel
 
@@ -143,5 +177,6 @@ def test_what_cannot_be(model_config):
     refused(wanting, masked_speech={}, ctc={})
     refused(r"matching\.input=masked takes its masking from translation_lm", matching={"input": "masked"})
     refused(r"input: 'text' is not one of translation_lm, speech", translation_lm={}, ctc={"input": "text"})
+    refused(r"units: 'words' is not one of pieces, characters", translation_lm={}, ctc={"units": "words"})
     masking = {"start_probability": 0.1}
     refused(r"speech_masking is of input=speech alone", translation_lm={}, ctc={"speech_masking": masking})
