@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_slam.config import ConfigError, check_keys, unknown_key
 from nemo_slam.data.config import STREAMS
+from nemo_slam.finetuning.config import SentencesConfig, TranscriptConfig
 
 RUN_KEYS: dict[str, tuple[str, ...]] = {
     "": (
@@ -33,6 +34,19 @@ RUN_KEYS: dict[str, tuple[str, ...]] = {
 }
 """What pre-training reads of the groups that no dataclass or library checks."""
 
+FINETUNING_KEYS: dict[str, tuple[str, ...]] = {
+    **{key: RUN_KEYS[key] for key in ("exp_manager", "checkpoint")},
+    "": (
+        *("name", "seed", "init_from", "freeze_encoder_steps", "early_stopping", "tokenizer", "source_tokenizer"),
+        *("model", "data", "trainer", "parallel", "exp_manager", "checkpoint"),
+    ),
+    "data": ("prepare", "root", "language", "pair", "on_bad_row", "num_workers", "train_ds", "validation_ds"),
+    "early_stopping": ("patience", "monitor", "mode"),
+    "tokenizer": ("vocab_size", "sequence_symbols"),
+    "source_tokenizer": ("vocab_size",),
+}
+"""As `RUN_KEYS`, for fine-tuning."""
+
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
 
@@ -44,11 +58,26 @@ def check_run_keys(cfg: DictConfig) -> None:
     Raises:
         ConfigError: with the nearest key that is read.
     """
-    used = set(re.findall(r"\$\{([\w.]+)", OmegaConf.to_yaml(cfg)))
     groups: dict[str, Iterable[str]] = dict(RUN_KEYS)
     for split in ("train_ds", "validation_ds"):
         groups[f"data.{split}"] = tuple(STREAMS)
         groups |= {f"data.{split}.{name}": [f.name for f in fields(config)] for name, config in STREAMS.items()}
+    _check_groups(cfg, groups)
+
+
+def check_finetuning_keys(cfg: DictConfig) -> None:
+    """As `check_run_keys`, of a fine-tuning config. Stock models do not check the group ``model``.
+
+    Raises:
+        ConfigError: with the nearest key that is read.
+    """
+    stream = SentencesConfig if "source_tokenizer" in cfg else TranscriptConfig
+    streams = {f"data.{split}": [f.name for f in fields(stream)] for split in ("train_ds", "validation_ds")}
+    _check_groups(cfg, {**FINETUNING_KEYS, **streams})
+
+
+def _check_groups(cfg: DictConfig, groups: Mapping[str, Iterable[str]]) -> None:
+    used = set(re.findall(r"\$\{([\w.]+)", OmegaConf.to_yaml(cfg)))
     for where, valid in groups.items():
         node = OmegaConf.select(cfg, where) if where else cfg
         if node is None:

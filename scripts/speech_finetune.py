@@ -18,6 +18,7 @@ from nemo_slam import command_line
 
 @command_line.main(str(Path(__file__).resolve().parents[1] / "conf" / "finetuning"), "asr_ctc")
 def main(cfg: DictConfig) -> None:
+    command_line.check_finetuning_keys(cfg)
     from nemo_slam.finetuning.finetune import finetune
 
     finetune(cfg)

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from nemo_slam.command_line import RUN_KEYS, check_run_keys
+from nemo_slam.command_line import FINETUNING_KEYS, RUN_KEYS, check_finetuning_keys, check_run_keys
 from nemo_slam.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 
 
-def pretrain(*overrides: str) -> tuple[int, str, float]:
-    """Exit status, what was said and processor seconds of the script."""
+def script(name: str, *arguments: str) -> tuple[int, str, float]:
+    """Exit status, what was said and processor seconds of a script."""
     env = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     before = os.times()
     result = subprocess.run(
-        [sys.executable, "scripts/speech_pretrain.py", *overrides], cwd=ROOT, capture_output=True, text=True, env=env
+        [sys.executable, f"scripts/{name}", *arguments], cwd=ROOT, capture_output=True, text=True, env=env
     )
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
@@ -43,7 +43,7 @@ def pretrain(*overrides: str) -> tuple[int, str, float]:
     ],
 )
 def test_refused_in_a_second_without_a_traceback(override, message):
-    status, said, seconds = pretrain(override)
+    status, said, seconds = script("speech_pretrain.py", override)
     assert status == 1
     assert said.startswith("error: ")
     assert message in said
@@ -51,8 +51,36 @@ def test_refused_in_a_second_without_a_traceback(override, message):
     assert seconds < 2.5
 
 
-def composed(config: str, *overrides: str):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+@pytest.mark.parametrize(
+    ("config", "override", "message"),
+    [
+        ("asr_ctc", "freeze_encoder_step=5", "unknown key 'freeze_encoder_step'; did you mean 'freeze_encoder_steps'?"),
+        ("asr_ctc", "+early_stopping.patince=5", "early_stopping: unknown key 'patince'; did you mean 'patience'?"),
+        ("st", "+data.train_ds.target_key=x", "data.train_ds: unknown key 'target_key'; did you mean 'text_key'?"),
+        ("mt", "+data.train_ds.txt_key=x", "data.train_ds: unknown key 'txt_key'; did you mean 'text_key'?"),
+        ("mt", "+data.languages=es", "data: unknown key 'languages'; did you mean 'language'?"),
+    ],
+)
+def test_fine_tuning_refuses_in_a_second_too(config, override, message):
+    status, said, seconds = script("speech_finetune.py", "--config-name", config, override)
+    assert status == 1
+    assert said.startswith("error: ")
+    assert message in said
+    assert seconds < 2.5
+
+
+@pytest.mark.parametrize(
+    "name", ["speech_pretrain.py", "speech_finetune.py", "transcribe.py", "evaluate.py", "export_nemo.py"]
+)
+def test_help_comes_at_once(name):
+    status, said, seconds = script(name, "--help")
+    assert status == 0
+    assert f"python scripts/{name}" in said
+    assert seconds < 2.5
+
+
+def composed(config: str, *overrides: str, folder: Path = CONF):
+    with initialize_config_dir(str(folder), version_base="1.3"):
         return compose(config, overrides=list(overrides))
 
 
@@ -63,6 +91,36 @@ DATA = [path.stem for path in (CONF / "data").glob("*.yaml")]
 @pytest.mark.parametrize(("config", "data"), list(itertools.product(CONFIGS, DATA)))
 def test_every_config_passes(config, data):
     check_run_keys(composed(config, f"data={data}"))
+
+
+FINETUNING = CONF / "finetuning"
+TEXT_DATA = {"texts", "prompts_text_translation", "prompts_language"}
+RECIPES = [
+    (config.stem, data.stem)
+    for config in FINETUNING.glob("*.yaml")
+    for data in (FINETUNING / "data").glob("*.yaml")
+    if (data.stem in TEXT_DATA) == (config.stem in ("mt", "text_classification"))
+]
+
+
+@pytest.mark.parametrize(("config", "data"), RECIPES)
+def test_every_fine_tuning_config_passes(config, data):
+    check_finetuning_keys(composed(config, f"data={data}", folder=FINETUNING))
+
+
+def test_the_known_keys_of_fine_tuning_are_those_of_its_configs():
+    """Each is in some config."""
+    found: dict[str, set[str]] = {where: set() for where in FINETUNING_KEYS}
+    for config, data in RECIPES:
+        cfg = composed(config, f"data={data}", folder=FINETUNING)
+        for where in FINETUNING_KEYS:
+            node = cfg
+            for part in filter(None, where.split(".")):
+                node = (node or {}).get(part)
+            found[where] |= set(node or ())
+    assert {where: set(keys) for where, keys in FINETUNING_KEYS.items()} == {
+        where: keys - {"hydra"} for where, keys in found.items()
+    }
 
 
 def test_the_known_keys_are_those_of_the_configs():

@@ -16,7 +16,7 @@ from nemo_slam.data.pairs import PairStream
 from nemo_slam.data.speech import SpeechStream
 from nemo_slam.evaluation.probes import effective_rank, probe
 from nemo_slam.export_onnx import load_encoder
-from nemo_slam.finetuning.pretrained import read_config, read_tokenizer
+from nemo_slam.finetuning.pretrained import read_config
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.objectives.base import Metric
 
@@ -39,9 +39,7 @@ def probe_model(path: str | Path, manifests: Sequence[str | Path]) -> dict[str, 
         if target.endswith(".SLAMPretrainingModel"):
             model = SLAMPretrainingModel.restore_from(str(path), map_location="cpu").eval()
             pairs = PairsConfig(names, FRAMES_PER_BATCH, max_duration=60.0, cache_dir=cache)
-            tokenizer = Path(cache) / "tokenizer.model"  # the restored model's lay in a folder that is gone
-            tokenizer.write_bytes(read_tokenizer(Path(path), read_config(path)))
-            figures = _probes(model, PairStream(pairs, tokenizer, seed=0))
+            figures = _probes(model, PairStream(pairs, model.tokenizer_model, seed=0))
             return {**figures, "effective_rank": _rank(model.preprocessor, load_encoder(path).eval(), names, cache)}
         model = ModelPT.restore_from(str(path), map_location="cpu").eval()
         if not hasattr(model, "preprocessor") or not hasattr(getattr(model, "encoder", None), "speech_encoder"):

@@ -15,6 +15,7 @@ from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+from nemo_slam.finetuning.config import SentencesConfig
 
 # `length` and the three that follow it lie end to end from `start`: first text, second text, target.
 COLUMNS = {"length": "<i4", "file": "<i4", "line": "<i4", "start": "<i8", "first": "<i4", "second": "<i4"}
@@ -25,35 +26,6 @@ MOST_UNKNOWN = 0.05
 _CHUNK = 4096
 
 EncodeTargets = Callable[[list[str]], list[list[int]]]
-
-
-@dataclass(frozen=True)
-class SentencesConfig:
-    """Stream of texts with a target.
-
-    Attributes:
-        manifest_filepath: JSON-lines, or a list of such files.
-        tokens_per_step: source tokens in a global batch, over all ranks and micro-batches.
-        text_key: the key that holds the text.
-        second_key: the key of a second text (a hypothesis beside a premise), or None.
-        target_key: the key that holds the target: a translation, or a label.
-        max_tokens: rows with more source tokens are filtered and counted; a text is never cut.
-        window: number of index shards (of at most 8,192 rows) that are shuffled together.
-        cache_dir: folder for the index; default beside the first file.
-    """
-
-    manifest_filepath: list[str]
-    tokens_per_step: int
-    text_key: str = "text"
-    second_key: str | None = None
-    target_key: str = "translation"
-    max_tokens: int = 256
-    window: int = 16
-    cache_dir: str | None = None
-
-    @property
-    def text_keys(self) -> list[str]:
-        return [self.text_key] if self.second_key is None else [self.text_key, self.second_key]
 
 
 @dataclass

@@ -107,7 +107,8 @@ class TextModel(ModelPT):
     def on_validation_epoch_end(self) -> None:
         if not self._validation:
             return
-        counts = sum_over_ranks(torch.stack(self._validation).sum(0).to(self.device, torch.float32))
+        # float64 holds every whole number that there can be; float32 would round counts above 16.8 million.
+        counts = sum_over_ranks(torch.stack(self._validation).sum(0).to(self.device))
         self._validation = []
-        for name, value in self.validation_figures(counts.double().cpu().numpy()).items():
+        for name, value in self.validation_figures(counts.cpu().numpy()).items():
             self.log(f"val_{name}", value, sync_dist=False)

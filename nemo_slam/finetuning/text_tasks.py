@@ -9,6 +9,7 @@ from typing import Any
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_slam.config import ConfigError
 from nemo_slam.data.bad_rows import BadRows, EmptyStreamError
 from nemo_slam.data.corpora.files import whole_file
 from nemo_slam.data.manifest import RowError
@@ -23,6 +24,30 @@ class TextTask(Task):
     """What translation and classification share: the encoder and the tokenizer of its text."""
 
     volume = ("tokens_per_second", 1.0)
+    most_texts: int
+
+    def text_keys(self) -> list[str]:
+        """The rows' keys of one text, or two, the same number in training and validation.
+
+        Raises:
+            ConfigError: a second text where the model takes one, or in one of the two data sections alone.
+        """
+        data = self.cfg.data
+        nodes = {split: data[split] for split in ("train_ds", "validation_ds") if data.get(split) is not None}
+        keys = {split: [node.text_key, node.get("second_key")] for split, node in nodes.items()}
+        found = {split: [key for key in own if key is not None] for split, own in keys.items()}
+        for split, own in found.items():
+            if len(own) > self.most_texts:
+                raise ConfigError(
+                    f"data.{split}.second_key={own[1]}: {self.cfg.model.target.rpartition('.')[2]} reads one text; "
+                    "leave this key out, or join the texts under one key"
+                )
+            if len(own) != len(found["train_ds"]):
+                raise ConfigError(
+                    f"data.{split} has {len(own)} text(s) a row ({', '.join(own)}), data.train_ds "
+                    f"{len(found['train_ds'])} ({', '.join(found['train_ds'])}): set second_key in both or in none"
+                )
+        return found["train_ds"]
 
     def source_tokenizer(self) -> Path:
         """The pre-trained encoder's own tokenizer; without one ``model.source_tokenizer.model_path``, or a tokenizer
@@ -50,7 +75,7 @@ class TextTask(Task):
 
     def base_node(self) -> dict[str, Any]:
         """The model's config but for what only a subclass knows. Keys of speech are null and left out."""
-        node = plain(self.cfg.model)
+        keys, node = self.text_keys(), plain(self.cfg.model)
         node = {key: value for key, value in node.items() if value is not None}
         encoder = {key: value for key, value in node["encoder"].items() if value is not None}
         tokenizer = self.source_tokenizer()
@@ -61,9 +86,7 @@ class TextTask(Task):
             self.pretrained.architecture["text_encoder"]["dropout"] = dropout
         node["encoder"] = encoder_node(encoder, self.pretrained, TEXT_ENCODER)
         node["source_tokenizer"] = {"model_path": str(tokenizer)}
-        train = self.cfg.data.train_ds
-        second = train.get("second_key")
-        node["text_keys"] = [train.text_key, *([] if second is None else [second])]  # what inference reads
+        node["text_keys"] = keys  # what inference reads
         return node
 
     @abstractmethod
@@ -96,6 +119,8 @@ class TextTask(Task):
 class TranslationTask(TextTask):
     """Text to text."""
 
+    most_texts = 1
+
     def model_node(self) -> DictConfig:
         cfg, node = self.cfg, self.base_node()
         if cfg.model.tokenizer.dir is not None:
@@ -126,6 +151,8 @@ class TranslationTask(TextTask):
 
 class ClassificationTask(TextTask):
     """Text to a label."""
+
+    most_texts = 2
 
     def model_node(self) -> DictConfig:
         cfg, node = self.cfg, self.base_node()

@@ -21,35 +21,12 @@ from nemo_slam.data.manifest import Files, RowError, expand_paths, parse_json, s
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+from nemo_slam.finetuning.config import TranscriptConfig
 
 TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4"}
 PURPOSE_TRANSCRIPTS = 5
 MOST_UNKNOWN = 0.05
 """Share of unknown tokens above which a tokenizer does not fit its text."""
-
-
-@dataclass(frozen=True)
-class TranscriptConfig:
-    """Stream of utterances with a target text.
-
-    Attributes:
-        manifest_filepath: a NeMo JSON-lines manifest, or a list of them (shards).
-        frames_per_step: frames of 10 ms in a global batch, over all ranks and micro-batches.
-        text_key: the manifest's key that holds the target: ``text``, or ``translation`` for speech translation.
-        tarred_audio_filepaths: NeMo tar files that hold the audio, or None for plain files.
-        min_duration, max_duration: utterances outside (seconds) are filtered and counted.
-        window: number of index shards (of at most 8,192 rows) that are shuffled together.
-        cache_dir: folder for the index; default beside the first manifest.
-    """
-
-    manifest_filepath: list[str]
-    frames_per_step: int
-    text_key: str = "text"
-    tarred_audio_filepaths: list[str] | None = None
-    min_duration: float = 0.3
-    max_duration: float = 20.0
-    window: int = 16
-    cache_dir: str | None = None
 
 
 @dataclass(frozen=True)

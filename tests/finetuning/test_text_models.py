@@ -13,10 +13,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from nemo.core.classes import ModelPT
 
+from nemo_slam.config import ConfigError
 from nemo_slam.data.bad_rows import DataError, EmptyStreamError
 from nemo_slam.finetuning.finetune import finetune
 from nemo_slam.finetuning.loader import TrainingDataset
 from nemo_slam.finetuning.text_encoder import SLAMTextEncoder
+from nemo_slam.finetuning.text_model import TextModel
 from nemo_slam.packing import SequenceLayout
 from nemo_slam.training.initialise import read_weights
 
@@ -261,6 +263,25 @@ def test_validation_figures_are_the_libraries_own(straight, manifest):
         assert figures["accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_counts_are_added_up_exactly():
+    """float32 would lose the last one."""
+    seen = {}
+
+    class Model(TextModel):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self._validation = [torch.tensor([2.0**24, 1.0]).double(), torch.tensor([1.0, 1.0]).double()]
+
+        def validation_figures(self, counts):
+            seen["counts"] = counts.tolist()
+            return {}
+
+    Model().on_validation_epoch_end()
+    assert seen["counts"] == [2**24 + 1, 2]
+
+
 def _texts(name, data):
     return [[row["text"]] if name == "mt" else [row["text"], row["second"]] for row in data]
 
@@ -292,6 +313,18 @@ def test_it_learns_from_scratch_with_early_stopping(name, manifest, tmp_path):
         ("mt", "data.train_ds.text_key=summary", DataError, r"rows\.jsonl:1: missing key 'summary'"),
         ("mt", "model.source_tokenizer.model_path=x", ValueError, "brings its own"),
         ("mt", "tokenizer.sequence_symbols=false", ValueError, r"no <s>, </s> and <pad>"),
+        (
+            "mt",
+            "+data.train_ds.second_key=second",
+            ConfigError,
+            r"second_key=second: SLAMTranslationModel reads one text",
+        ),
+        (
+            "text_classification",
+            "data.validation_ds.second_key=null",
+            ConfigError,
+            r"data\.validation_ds has 1 text\(s\) a row \(text\), data\.train_ds 2 \(text, second\)",
+        ),
         ("text_classification", "model.labels=[0,2]", DataError, r"rows\.jsonl:2: the label '1' is not one of 0, 2"),
         ("text_classification", "data.train_ds.target_key=kind", EmptyStreamError, "has a label 'kind'"),
         ("text_classification", "model.pool=max", ValueError, "pool: 'max' is not one of mean, cls"),
