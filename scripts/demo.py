@@ -1,4 +1,4 @@
-"""The whole story on human speech, in minutes on a CPU: pre-train, kill, resume, stage 2, fine-tune, transcribe.
+"""The whole story on human speech, in minutes on a CPU: pre-train, kill, resume, stage 2, transcribe, translate.
 
     python scripts/demo.py [--exp-dir runs/demo] [--data-root data/prompts]
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -28,7 +29,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
     parser.add_argument("--stage1-steps", type=int, default=700, help="default: %(default)s")
     parser.add_argument("--stage2-steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--finetune-steps", type=int, default=1200, help="default: %(default)s")
+    parser.add_argument("--finetune-steps", type=int, default=1200, help="of recognition; default: %(default)s")
+    parser.add_argument("--translation-steps", type=int, default=500, help="default: %(default)s")
     return parser.parse_args()
 
 
@@ -60,11 +62,28 @@ def run_and_kill(script: str, checkpoints: Path, *arguments: object) -> None:
     print("killed (SIGKILL); the same command again:", flush=True)
 
 
-def show_transcripts(path: Path) -> None:
+def steps(number: int) -> list[str]:
+    """So many optimizer steps, validated three times."""
+    return [f"trainer.max_steps={number}", f"trainer.val_check_interval={max(1, number // 3)}"]
+
+
+def show(path: Path, titles: dict[str, str]) -> None:
+    """Some lines of a file of transcripts, spread over it: the keys that ``titles`` names."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    print(f"{len(lines)} utterances; the first {SHOWN}:")
-    for line in lines[:SHOWN]:
-        print(f"  {'reference':>10}: {line['text']}\n  {'heard':>10}: {line['pred_text']}\n")
+    shown = lines[:: max(1, len(lines) // SHOWN)][:SHOWN]
+    print(f"{len(lines)} utterances, {len(shown)} of them:")
+    for line in shown:
+        print("".join(f"  {title:>10}: {line[key]}\n" for key, title in titles.items()))
+
+
+def with_translation(manifests: list[Path], out: Path) -> None:
+    """A manifest of the rows that have an English wording."""
+    with open(out, "w", encoding="utf-8") as file:
+        for manifest in manifests:
+            for row in map(json.loads, manifest.read_text(encoding="utf-8").splitlines()):
+                if "translation" in row:
+                    row["audio_filepath"] = os.path.abspath(manifest.parent / row["audio_filepath"])
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -72,14 +91,15 @@ def main() -> None:
     started = time.perf_counter()
     folder = options.exp_dir
     common = ["model=tiny", f"exp_manager.exp_dir={folder}", f"data.root={options.data_root}"]
-    stage1, stage2, recogniser = (folder / n / f"{n}.nemo" for n in ("slam_stage1", "slam_stage2", "asr_ctc"))
-    test = options.data_root / "manifests" / "es_test.json"
+    names = ("slam_stage1", "slam_stage2", "asr_ctc", "st")
+    stage1, stage2, recogniser, translator = (folder / name / f"{name}.nemo" for name in names)
+    manifests = options.data_root / "manifests"
 
     say("1. Human speech: telephone prompts in English, Spanish and French, and public-domain text")
     run("prepare_data.py", "prompts", "--root", options.data_root)
 
     say("2. Stage 1: masked speech and masked text in one encoder; killed on the way")
-    arguments = ["--config-name", "slam_stage1", *common, f"trainer.max_steps={options.stage1_steps}"]
+    arguments = ["--config-name", "slam_stage1", *common, *steps(options.stage1_steps)]
     checkpoints = stage1.parent / "checkpoints"
     if not list(checkpoints.glob("*.ckpt")):
         run_and_kill("speech_pretrain.py", checkpoints, *arguments)
@@ -87,24 +107,37 @@ def main() -> None:
 
     say("3. Stage 2: adds translation language modelling and speech-text matching on transcribed speech")
     weights = [f"model.objectives.{name}.weight=0.3" for name in ("translation_lm", "matching")]
-    steps = f"trainer.max_steps={options.stage2_steps}"
-    run("speech_pretrain.py", "--config-name", "slam_stage2", *common, *weights, steps, f"init_from={stage1}")
+    arguments = ["--config-name", "slam_stage2", *common, *weights, *steps(options.stage2_steps)]
+    run("speech_pretrain.py", *arguments, f"init_from={stage1}")
 
     say("4. Spanish speech recognition: a stock NeMo CTC model around the pre-trained encoder")
-    steps = f"trainer.max_steps={options.finetune_steps}"
-    run("speech_finetune.py", "--config-name", "asr_ctc", *common, "data.language=es", steps, f"init_from={stage2}")
+    arguments = ["--config-name", "asr_ctc", *common, "data.language=es", *steps(options.finetune_steps)]
+    run("speech_finetune.py", *arguments, f"init_from={stage2}")
 
     say("5. Transcripts of test prompts, which no stage has seen")
     out = folder / "es_test.jsonl"
-    run("transcribe.py", recogniser, test, "--out", out)
-    show_transcripts(out)
+    run("transcribe.py", recogniser, manifests / "es_test.json", "--out", out)
+    show(out, {"text": "reference", "pred_text": "heard"})
     run("evaluate.py", out)
 
-    say("6. A report to look at: curves, health, examples, transcripts with their errors marked")
-    report = folder / "report.html"
-    run("report.py", stage1.parent, stage2.parent, recogniser.parent, "--transcripts", out, "--out", report)
+    say("6. Spanish and French speech to English text: a stock NeMo translation model around the same encoder")
+    arguments = ["--config-name", "st", *common, *steps(options.translation_steps)]
+    run("speech_finetune.py", *arguments, f"init_from={stage2}")
 
-    print(f"\ndemo: {(time.perf_counter() - started) / 60:.1f} min; run folders and transcripts are in {folder}")
+    say("7. Translations of test prompts, which no stage has seen")
+    test, translations = folder / "st_test.json", folder / "st_test.jsonl"
+    with_translation([manifests / f"{language}_test.json" for language in ("es", "fr")], test)
+    run("transcribe.py", translator, test, "--out", translations)
+    show(translations, {"text": "said", "translation": "reference", "pred_text": "translated"})
+    run("evaluate.py", translations, "--reference", "translation", "--metrics", "bleu", "chrf")
+
+    say("8. A report to look at: curves, health, examples, transcripts with their errors marked")
+    report = folder / "report.html"
+    runs = [nemo.parent for nemo in (stage1, stage2, recogniser, translator)]
+    run("report.py", *runs, "--transcripts", out, "--out", report)
+
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\ndemo: {minutes:.1f} min; run folders, transcripts and translations are in {folder}")
     print(f"demo: open {report} in a browser")
 
 

@@ -287,6 +287,9 @@ def test_other_stock_models_take_the_encoder(corpus, tmp_path, waves, name, targ
     assert not [key for key in model.state_dict() if "_extra_state" in key]
     together = [item.row["pred_text"] for item in transcribe(model, find_items(waves[0]), batch_size=3)]
     assert [next(transcribe(model, find_items([path]))).row["pred_text"] for path in waves[0]] == together
+    for audio in waves:  # NeMo's own door: paths, then arrays
+        stock = model.transcribe(audio, batch_size=3, verbose=False)
+        assert [getattr(found, "text", found) for found in stock] == together
 
 
 def test_a_tokenizer_without_sequence_symbols_is_refused_for_translation(corpus, tones_tokenizer, tmp_path):
