@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,12 @@ def memory_mib(pid: int) -> dict[str, float]:
     return {"resident": found["VmRSS"], "anonymous": found["RssAnon"]}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Processor time that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def run(folder: Path, batches: int, workers: int) -> dict:
     """What one process of a training sees: start, then batches."""
     started = time.perf_counter()
@@ -103,6 +110,7 @@ def run(folder: Path, batches: int, workers: int) -> dict:
     next(loader)
     start_seconds = time.perf_counter() - started
     pids = [worker.pid for worker in loader._workers]
+    start_cpu_seconds = time.process_time() + sum(map(cpu_seconds, pids))
     early: list[dict[str, float]] = []
     most = 0.0
     begun = time.perf_counter()
@@ -116,6 +124,8 @@ def run(folder: Path, batches: int, workers: int) -> dict:
     growth = max(b["anonymous"] - a["anonymous"] for a, b in zip(early, latest, strict=True))
     return {
         "start_seconds": round(start_seconds, 2),
+        "start_cpu_seconds": round(start_cpu_seconds, 2),
+        "load_average": os.getloadavg()[0],
         "worker_mib": round(most, 1),
         "growth_mib": round(growth, 1),
         "batches_per_second": round((batches - 1) / (time.perf_counter() - begun), 1),

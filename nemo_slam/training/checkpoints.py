@@ -117,6 +117,11 @@ class StepCheckpoint(Callback):
         # In place of Lightning's handler, which ends the process at the next batch without saving.
         self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where a kill came between the last save and the removal, the next start has nothing left to save.
+        if trainer.is_global_zero:
+            self._drop_old()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
@@ -191,6 +196,9 @@ class StepCheckpoint(Callback):
             _fsync(part)
             os.replace(part, final)
             _fsync(self.folder)
-            for _, old in finished_checkpoints(self.folder)[: -self.keep_last]:
-                old.unlink()
+            self._drop_old()
         self._saved_at = step
+
+    def _drop_old(self) -> None:
+        for _, old in finished_checkpoints(self.folder)[: -self.keep_last]:
+            old.unlink()

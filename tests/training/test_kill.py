@@ -1,17 +1,30 @@
-"""A run that SIGKILL ends, at a step or around a save, goes on as if nothing had happened."""
+"""A run that SIGKILL ends, at any step or around any save, goes on as if nothing had happened.
+
+The moment is another one in each run of the tests. A failure shows it, with the seed that repeats it:
+KILL_SEED=123 pytest tests/training/test_kill.py
+"""
 
 import multiprocessing
+import os
 import signal
 from pathlib import Path
 
 import pytest
-from kill_worker import MOMENTS, train
+from kill_worker import MOMENTS, SAVE_EVERY, STEPS, Kill, checkpoint_name, train
 from test_resume import metrics, steps
 
 from nemo_slam.training import pretrain as module
 from nemo_slam.training.checkpoints import finished_checkpoints
 
-OPTIONS = ("checkpoint.keep_last=1", "data.num_workers=2")
+SEED = int(os.environ.get("KILL_SEED") or int.from_bytes(os.urandom(4), "big"))
+OPTIONS = (
+    f"trainer.max_steps={STEPS}",
+    f"checkpoint.every_n_steps={SAVE_EVERY}",
+    "checkpoint.keep_last=1",
+    "data.num_workers=2",
+    "trainer.accumulate_grad_batches=2",
+)
+"""With dropout, validations in between and streams that wrap, as in test_resume.py."""
 
 
 @pytest.fixture(scope="module")
@@ -27,25 +40,26 @@ def whole(whole_runs, pretrain_config):
     return whole_runs["rows"]
 
 
-@pytest.mark.parametrize(
-    ("moment", "kept", "resumed"), [(MOMENTS[0], [4], 4), (MOMENTS[1], [4], 4), (MOMENTS[2], [4, 8], 8)], ids=MOMENTS
-)
-def test_sigkill(pretrain_config, monkeypatch, whole, moment, kept, resumed):
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_sigkill(pretrain_config, monkeypatch, whole, moment):
+    when = Kill.draw(moment, SEED)
+    told = f"KILL_SEED={SEED} repeats this: {when}"
+    print(told)  # for an error that is no assertion
     cfg = pretrain_config(2, "name=killed", *OPTIONS)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nemo_slam.training.pretrain"])
-    process = context.Process(target=train, args=(cfg, moment))
+    process = context.Process(target=train, args=(cfg, when))
     process.start()
-    process.join(timeout=300)
-    assert process.exitcode == -signal.SIGKILL
+    process.join(timeout=600)
+    assert process.exitcode == -signal.SIGKILL, told
     checkpoints = Path(cfg.exp_manager.exp_dir) / "killed" / "checkpoints"
-    assert [step for step, _ in finished_checkpoints(checkpoints)] == kept
-    assert len(list(checkpoints.glob("*.part"))) == (moment == MOMENTS[1])
+    assert [step for step, _ in finished_checkpoints(checkpoints)] == when.kept, told
+    assert len(list(checkpoints.glob("*.part"))) == (moment == MOMENTS[1]), told
 
     messages = []
     monkeypatch.setattr(module.logging, "info", lambda text, *args: messages.append(str(text)))
     done = module.pretrain(cfg)
-    assert any(f"resuming from step {resumed}" in text for text in messages)
-    assert steps(done) == list(range(1, 13))
-    assert metrics(done) == whole
-    assert [path.name for path in checkpoints.iterdir()] == ["step_000000012.ckpt"]
+    assert any(f"resuming from step {when.kept[-1]}" in text for text in messages), told
+    assert steps(done) == list(range(1, STEPS + 1)), told
+    assert metrics(done) == whole, told
+    assert [path.name for path in checkpoints.iterdir()] == [checkpoint_name(STEPS)], told
