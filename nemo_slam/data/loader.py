@@ -7,7 +7,11 @@ only change who does the work.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +136,9 @@ def validation_loader(
 
 
 def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool, prefetch: int) -> DataLoader:
-    workers: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": prefetch} if num_workers else {}
+    workers: dict[str, Any] = {}
+    if num_workers:
+        workers = {"persistent_workers": True, "prefetch_factor": prefetch, "worker_init_fn": _end_with_the_reader}
     # A generator of its own: a loader draws its workers' base seed from the global one, which a resumed run must find
     # untouched.
     return DataLoader(
@@ -144,3 +150,20 @@ def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool
         generator=torch.Generator(),
         **workers,
     )
+
+
+def _end_with_the_reader(worker: int) -> None:
+    """Called in a worker when it starts: lets it end as soon as the process that reads its batches has, killed or not.
+
+    torch's own watch is for the worker's parent process. Under the forkserver, Python 3.14's default, that is another
+    one, which lives as long as the workers do: after a SIGKILL all of them would stay for good.
+    """
+    reader = multiprocessing.parent_process()
+    assert reader is not None
+    sentinel = reader.sentinel
+
+    def watch() -> None:
+        wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +148,38 @@ def test_errors_of_workers_arrive_with_their_message(half_missing, tmp_path):
     streams = build_streams(config, seed=0, bad_rows=BadRows(tmp_path / "bad_rows.jsonl"), split="validation")
     with pytest.raises(EmptyStreamError, match=r"'validation\.speech': every row tried is bad"):
         list(step_loader(StepDataset(streams), 0, 10))
+
+
+def _load_until_killed(manifest, pids):
+    streams = build_streams({"speech": {"manifest_filepath": manifest, "frames_per_step": 300}}, seed=0)
+    loader = iter(step_loader(StepDataset(streams), 0, 1000, num_workers=2))
+    next(loader)
+    pids.send([worker.pid for worker in loader._workers])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_end_with_a_run_that_was_killed(half_missing, method):
+    """However they are started: under the forkserver they are no children of the run."""
+    context = multiprocessing.get_context(method)  # a process started so starts its workers so
+    receive, send = context.Pipe(duplex=False)
+    run = context.Process(target=_load_until_killed, args=(half_missing, send))
+    run.start()
+    send.close()
+    pids = receive.recv()
+    run.join(timeout=60)
+    assert run.exitcode == -signal.SIGKILL
+    end = time.monotonic() + 15
+    while any(map(is_running, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert [pid for pid in pids if is_running(pid)] == []
 
 
 def test_a_tokenizer_is_asked_for(shared_corpus):
