@@ -1,7 +1,9 @@
-"""Does pre-training learn? Two experiments on a CPU, several seeds each, compared with thresholds.
+"""Does pre-training learn? Experiments on a CPU, several seeds each, compared with thresholds.
 
     python benchmarks/learning.py oracle     # across modalities: an artificial language of 16 words
     python benchmarks/learning.py stage1     # from speech and from text: human telephone prompts (data/prompts)
+    python benchmarks/learning.py collapse --seeds 0  # what the contrastive loss is for: without it, codes collapse,
+    python benchmarks/learning.py noise --seeds 0     # or, if a diversity loss keeps them apart, mean nothing
 
 Each seed is a run of scripts/speech_pretrain.py with its own folder; the same command again goes on where it stopped.
 Writes benchmarks/results/learning_<experiment>.json and exits with 1 if a threshold is missed.
@@ -51,6 +53,8 @@ class Experiment:
     thresholds: tuple[Threshold, ...]
 
 
+STAGE1 = ("--config-name", "slam_stage1", "model=tiny")
+HUMAN = "real: human telephone prompts, public-domain text"
 EXPERIMENTS = {
     "oracle": Experiment(
         ("--config-name", "oracle_language"),
@@ -66,9 +70,9 @@ EXPERIMENTS = {
         ),
     ),
     "stage1": Experiment(
-        ("--config-name", "slam_stage1", "model=tiny"),
+        STAGE1,
         1200,
-        "real: human telephone prompts, public-domain text",
+        HUMAN,
         (
             Threshold("train_information_gain", 0.12),
             Threshold("held_out_information_gain", 0.05),
@@ -77,6 +81,21 @@ EXPERIMENTS = {
             Threshold("code_accuracy_margin", 0.03),
             Threshold("text_gain", 0.20),
         ),
+    ),
+    "collapse": Experiment(
+        (*STAGE1, "model.speech_loss.contrastive_weight=0", "model.speech_loss.diversity_weight=0"),
+        1200,
+        HUMAN,
+        (
+            Threshold("code_perplexity", 12, at_least=False),
+            Threshold("held_out_information_gain", 0.05, at_least=False),
+        ),
+    ),
+    "noise": Experiment(
+        (*STAGE1, "model.speech_loss.contrastive_weight=0", "model.speech_loss.diversity_weight=0.1"),
+        1200,
+        HUMAN,
+        (Threshold("code_perplexity", 40), Threshold("held_out_information_gain", 0.05, at_least=False)),
     ),
 }
 
@@ -157,15 +176,17 @@ def stage1_figures(folder: Path) -> dict[str, float]:
     train = rows.dropna(subset=["loss"]).tail(5).mean()
     held_out = rows.dropna(subset=["val_loss"]).iloc[-1]
     speech = "masked_speech"
-    return {
+    figures = {
         "train_information_gain": train[f"{speech}/code_information_gain"],
         "held_out_information_gain": held_out[f"val_{speech}/code_information_gain"],
-        "contrastive_margin": held_out["val_probe/contrastive_accuracy"]
-        - held_out["val_probe/contrastive_accuracy_other_context"],
         "code_perplexity": held_out[f"val_{speech}/code_perplexity"],
         "code_accuracy_margin": held_out[f"val_{speech}/code_accuracy"] - held_out[f"val_{speech}/code_top_share"],
         "text_gain": held_out["val_masked_text/tokens_by_unigram"] - held_out["val_masked_text/tokens"],
     }
+    if "val_probe/contrastive_accuracy" in held_out:  # not of a run without the loss
+        other = held_out["val_probe/contrastive_accuracy_other_context"]
+        figures["contrastive_margin"] = held_out["val_probe/contrastive_accuracy"] - other
+    return figures
 
 
 def training_seconds(folder: Path) -> float:
@@ -193,16 +214,14 @@ def restore(folder: Path) -> tuple[Any, dict]:
     return model, config
 
 
-FIGURES = {"oracle": oracle_figures, "stage1": stage1_figures}
-
-
 def main() -> int:
     options = parse_arguments()
     experiment = EXPERIMENTS[options.experiment]
     seeds = []
     for seed in options.seeds:
         folder = train(experiment, f"{options.experiment}_{seed}", seed, options)
-        figures = {name: float(value) for name, value in FIGURES[options.experiment](folder).items()}
+        measured = oracle_figures(folder) if options.experiment == "oracle" else stage1_figures(folder)
+        figures = {name: float(value) for name, value in measured.items()}
         seeds.append({"seed": seed, "training_seconds": training_seconds(folder), "commit": commit(folder), **figures})
         print(f"seed {seed}:", ", ".join(f"{name} {value:.3f}" for name, value in figures.items()), flush=True)
     checks = []
