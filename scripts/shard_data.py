@@ -1,8 +1,9 @@
-"""Shards for training on many machines: NeMo tarred audio with offset indexes, and token files for text.
+"""Shards for training on many machines: NeMo tarred audio with offset indexes, token files for text, lhotse Shar.
 
     python scripts/shard_data.py audio MANIFEST [MANIFEST ...] --out DIR --shards 512 --workers 16
     python scripts/shard_data.py text TEXT [TEXT ...] --tokenizer tokenizer.model --max-tokens 512 --workers 16
     python scripts/shard_data.py verify DIR
+    python scripts/shard_data.py shar SHAR --out DIR   # manifests for a lhotse Shar; its audio stays where it is
 
 Killed at any moment, the same command goes on with what is missing, and the files are those of an unbroken run.
 `verify` reads everything again and names every file that is missing, cut or changed; DIR is that of the tar files, or
@@ -38,6 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     text.add_argument("--min-tokens", type=int, default=1, help="data.train_ds.text.min_tokens; default: %(default)s")
     text.add_argument("--cache-dir", help="data.train_ds.text.cache_dir; default: beside the text")
     text.add_argument("--work", type=Path, help="folder for what is half done; default: beside the index")
+    shar = commands.add_parser("shar", help="manifests for a lhotse Shar, whose audio is read where it lies")
+    shar.add_argument("source", metavar="SHAR", help="its folder, or URL (s3://...) if fsspec's driver is installed")
+    shar.add_argument("--out", type=Path, required=True, help="folder for the manifests")
     for command in (audio, text):
         command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     verify = commands.add_parser("verify", help="check what was made")
@@ -71,6 +75,18 @@ def make_text(options: argparse.Namespace) -> int:
     return 0
 
 
+def make_shar(options: argparse.Namespace) -> int:
+    from nemo_slam.data.shar import shar_manifests
+
+    made = shar_manifests(options.source, options.out)
+    print(
+        f"ready: {made['rows']:,} rows, {made['hours']:.2f} h; {made['without_audio']:,} cuts have no audio. To train:"
+    )
+    print(f"  data.train_ds.speech.manifest_filepath={made['manifests']}")
+    print(f"  data.train_ds.speech.tarred_audio_filepaths={made['tars']}")
+    return 0
+
+
 def verify(options: argparse.Namespace) -> int:
     from nemo_slam.data import sharding
     from nemo_slam.data.shard_files import CHECKSUMS, damaged_beside
@@ -96,7 +112,7 @@ def main() -> int:
 
     started = time.monotonic()
     try:
-        status = {"audio": make_audio, "text": make_text, "verify": verify}[options.command](options)
+        status = {"audio": make_audio, "text": make_text, "shar": make_shar, "verify": verify}[options.command](options)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,6 +13,7 @@ from nemo_slam.data.bad_rows import BadRow, EmptyStreamError
 from nemo_slam.data.config import PairsConfig, SpeechConfig
 from nemo_slam.data.index import IndexBuilder
 from nemo_slam.data.manifest import Files, Row, RowError, audio_path, parse_row, scan_lines
+from nemo_slam.data.remote import Source
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
 
@@ -78,7 +79,7 @@ class AudioRows:
         tars: in the order of its `tar` column, or None where audio lies in plain files.
     """
 
-    def __init__(self, stream: Stream, manifests: Sequence[Path], tars: Sequence[Path] | None):
+    def __init__(self, stream: Stream, manifests: Sequence[Path], tars: Sequence[Source] | None):
         self._stream = stream
         self._manifests = Files(manifests)
         self._tars = None if tars is None else Files(tars)
@@ -122,7 +123,7 @@ class AudioRows:
         if frames(row.duration) != index.length[example_id]:
             raise RowError("the manifest was changed while in use: start again, and its index is built anew")
         if self._tars is None:
-            path = audio_path(self._manifests.paths[number], row)
+            path = audio_path(Path(self._manifests.paths[number]), row)
             return load_audio(path, offset=row.offset, duration=row.duration)
         tar = int(index.tar[example_id])
         name = f"{self._tars.paths[tar]}:{row.audio_filepath}"

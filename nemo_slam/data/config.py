@@ -21,7 +21,7 @@ class SpeechConfig:
         manifest_filepath: a NeMo JSON-lines manifest, or a list of them (shards).
         frames_per_step: frames of 10 ms in a global batch, over all ranks and micro-batches.
         tarred_audio_filepaths: NeMo tar files that hold the audio, or None for plain files. A list, a brace pattern
-            `a_{0..9}.tar`, or NeMo's `a__OP_0..9_CL_.tar`.
+            `a_{0..9}.tar`, or NeMo's `a__OP_0..9_CL_.tar`; URLs that fsspec reads too (`s3://...`).
         min_duration: shorter utterances (seconds) are filtered and counted.
         max_duration: longer utterances (seconds) are filtered and counted.
         window: number of index shards (of at most 8,192 rows) that are shuffled together.

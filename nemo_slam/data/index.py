@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +22,14 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from nemo_slam.data.bad_rows import BadRow, DataError
+from nemo_slam.data.bad_rows import BadRow
+from nemo_slam.data.index_folder import cache_folders, fingerprint, first_writable, short_hash
+from nemo_slam.data.remote import Source
 
 logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
 SHARD_ROWS = 8192  # a shard never crosses a source file
-CACHE_FOLDER = ".nemo_slam_index"
-_HEAD = 1 << 16
 _FLUSH_ROWS = 1 << 16
 _PROGRESS_ROWS = 1_000_000
 
@@ -176,7 +175,7 @@ class IndexBuilder:
 
 def open_index(
     kind: str,
-    sources: Sequence[Path],
+    sources: Sequence[Source],
     settings: Mapping,
     columns: Mapping[str, str],
     scan: Callable[[IndexBuilder], None],
@@ -186,7 +185,7 @@ def open_index(
 
     Args:
         kind: the stream's name, for the folder's name and messages.
-        sources: the files that the index describes.
+        sources: the files that the index describes; the first lies here, others may be URLs.
         settings: everything else that its content depends on (JSON values).
         columns: see `IndexBuilder`.
         scan: fills the builder.
@@ -195,16 +194,16 @@ def open_index(
     Raises:
         DataError: a source is missing, or `cache_dir` is not writable.
     """
-    prints = [_fingerprint(path) for path in sources]
+    prints = [fingerprint(path) for path in sources]
     named = json.dumps([INDEX_VERSION, kind, settings, columns, [p[0] for p in prints]], sort_keys=True)
-    prefix = f"{kind}-{_hash(named)}"
-    name = f"{prefix}-{_hash(json.dumps(prints))}"
-    caches = _cache_folders(Path(sources[0]).parent) if cache_dir is None else [Path(cache_dir)]
+    prefix = f"{kind}-{short_hash(named)}"
+    name = f"{prefix}-{short_hash(json.dumps(prints))}"
+    caches = cache_folders(Path(sources[0]).parent) if cache_dir is None else [Path(cache_dir)]
     for cache in caches:  # a folder that cannot be written may hold an index that can be read
         index = _try_open(cache / name)
         if index is not None:
             return index
-    cache = _first_writable(caches)
+    cache = first_writable(caches)
     with FileLock(cache / f"{prefix}-{os.getuid()}.lock"):  # a user's own: another's could not be opened
         index = _try_open(cache / name)  # another process may have built it while this one waited
         if index is None:
@@ -256,49 +255,3 @@ def _try_open(folder: Path) -> Index | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         logger.warning("cannot use the index %s (%s)", folder, error)
         return None
-
-
-def _fingerprint(path: Path) -> list:
-    """Path, size, time and a hash of both ends of a file."""
-    try:
-        with open(path, "rb") as file:
-            stat = os.fstat(file.fileno())
-            digest = hashlib.blake2b(file.read(_HEAD), digest_size=16)
-            file.seek(max(0, stat.st_size - _HEAD))
-            digest.update(file.read(_HEAD))
-    except OSError as error:
-        raise DataError(
-            f"cannot read {path} ({error.strerror}): check the path in the configuration, or prepare the corpus first"
-        ) from None
-    return [str(Path(path).absolute()), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
-
-
-def _cache_folders(beside: Path) -> list[Path]:
-    """Where indexes may lie, best first: beside the sources, in the user's cache, in a temporary folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_slam"
-    return [beside / CACHE_FOLDER, user, Path(tempfile.gettempdir()) / f"nemo_slam_{os.getuid()}"]
-
-
-def _first_writable(folders: Sequence[Path]) -> Path:
-    tried: list[str] = []
-    for folder in folders:
-        problem = _why_not_writable(folder)
-        if not problem:
-            if tried:
-                logger.warning("cannot write %s; the index goes to %s", "; ".join(tried), folder)
-            return folder
-        tried.append(f"{folder} ({problem})")
-    raise DataError(f"no writable folder for the index: {'; '.join(tried)}. Name one as cache_dir")
-
-
-def _why_not_writable(folder: Path) -> str | None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_slam.data.bad_rows import DataError
+from nemo_slam.data.remote import Source, is_remote, read_range
 
 _OPEN_FILES = 64
 _BOM = b"\xef\xbb\xbf"
@@ -106,10 +107,11 @@ def scan_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 class Files:
-    """Reads stretches of files by position, keeping a few of them open. Safe across forks; pickles without them."""
+    """Reads stretches of files by position, keeping a few of them open; of URLs too. Safe across forks; pickles without
+    them."""
 
-    def __init__(self, paths: Sequence[str | Path]):
-        self.paths = [Path(p) for p in paths]
+    def __init__(self, paths: Sequence[Source]):
+        self.paths = [p if is_remote(p) else Path(p) for p in paths]
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict:
@@ -117,12 +119,15 @@ class Files:
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """`size` bytes at `offset` of file `number`; fewer at the end of the file."""
+        path = self.paths[number]
+        if isinstance(path, str):
+            return read_range(path, offset, size)
         if number in self._open:
             self._open.move_to_end(number)
         else:
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[number] = os.open(self.paths[number], os.O_RDONLY)
+            self._open[number] = os.open(path, os.O_RDONLY)
         parts = []
         while size > 0 and (part := os.pread(self._open[number], size, offset)):  # one call gives at most 2 GiB
             parts.append(part)
@@ -144,6 +149,15 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
     >>> [str(p) for p in expand_paths(["a__OP_0..2_CL_.tar", "b.tar"])]
     ['a_0.tar', 'a_1.tar', 'a_2.tar', 'b.tar']
     """
+    sources = expand_sources(patterns)
+    for source in sources:
+        if is_remote(source):
+            raise DataError(f"{source}: only the tar files of speech and pairs may lie elsewhere; copy this file here")
+    return [Path(source) for source in sources]
+
+
+def expand_sources(patterns: Sequence[str]) -> list[Source]:
+    """The same, where URLs may be among them: `s3://bucket/a_{0..3}.tar`. They stay strings."""
     paths = []
     for pattern in patterns:
         plain = re.sub(r"(_OP_|[(\[<{])(\d+\.\.\d+)(_CL_|[)\]>}])", r"{\2}", pattern)
@@ -151,7 +165,7 @@ def expand_paths(patterns: Sequence[str]) -> list[Path]:
     repeated = [p for p in paths if paths.count(p) > 1] if len(set(paths)) < len(paths) else []
     if repeated:
         raise DataError(f"{repeated[0]} is listed more than once")
-    return [Path(os.path.expanduser(p)) for p in paths]
+    return [p if is_remote(p) else Path(os.path.expanduser(p)) for p in paths]
 
 
 def _expand(pattern: str) -> list[str]:

@@ -12,8 +12,9 @@ from nemo_slam.data.bad_rows import BadRow, BadRows, DataError
 from nemo_slam.data.batch import PairBatch
 from nemo_slam.data.config import PairsConfig
 from nemo_slam.data.index import IndexBuilder, open_index
-from nemo_slam.data.manifest import RowError, expand_paths
+from nemo_slam.data.manifest import RowError, expand_paths, expand_sources
 from nemo_slam.data.negatives import Negatives, add_neighbourhood, text_hash, tokens_hash
+from nemo_slam.data.remote import Source
 from nemo_slam.data.sampling import PURPOSE_PAIRS
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
@@ -44,7 +45,7 @@ class PairStream(Stream):
     ):
         self.config = config
         self.sources = expand_paths(config.manifest_filepath)
-        tars = None if config.tarred_audio_filepaths is None else expand_paths(config.tarred_audio_filepaths)
+        tars = None if config.tarred_audio_filepaths is None else expand_sources(config.tarred_audio_filepaths)
         model = Tokenizer(tokenizer)
         index = open_index(
             "pairs",
@@ -113,7 +114,7 @@ def _pack(sequences: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _scan(
-    builder: IndexBuilder, manifests: list[Path], tars: list[Path] | None, config: PairsConfig, model: Tokenizer
+    builder: IndexBuilder, manifests: list[Path], tars: list[Source] | None, config: PairsConfig, model: Tokenizer
 ) -> None:
     """Indexes the manifests and tokenises their texts into the index folder."""
     too_long = f"longer than {config.max_tokens} tokens"

@@ -17,7 +17,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from filelock import FileLock, Timeout
 
-from nemo_slam.data.audio import MISSING_TOLERANCE, AudioError
+from nemo_slam.data.audio import AudioError
 from nemo_slam.data.bad_rows import BadRow, DataError
-from nemo_slam.data.manifest import Files, RowError, audio_path, parse_json, parse_row, scan_lines
+from nemo_slam.data.manifest import Files, RowError, parse_json, parse_row, scan_lines
 from nemo_slam.data.sampling import keyed_permutation
+from nemo_slam.data.shard_audio import make_member
 from nemo_slam.data.shard_files import (
     damaged,
     describe_files,
@@ -47,7 +46,6 @@ from nemo_slam.data.shard_files import (
 logger = logging.getLogger(__name__)
 
 _SHUFFLE = 5  # of sampling's purposes, used by no stream
-_SIXTEEN_BITS = ("PCM_S8", "PCM_U8", "PCM_16", "ULAW", "ALAW")
 CODECS = ("keep", "flac")
 
 
@@ -196,7 +194,7 @@ def make_shard(
         for position, (number, line, offset, size) in enumerate(places.tolist()):
             raw = files.read(number, offset, size)
             try:
-                name, blob = _member(manifests[number], raw, first + position, settings.codec)
+                name, blob = make_member(manifests[number], raw, first + position, settings.codec)
             except (RowError, AudioError, OSError) as error:
                 bad.append({"file": str(manifests[number]), "line": line, "reason": str(error)})
                 continue
@@ -227,35 +225,6 @@ def make_shard(
         "files": describe_files(out, (tar_path, index_path, manifest_path)),
     }
     write_json(out / ".records" / f"{shard}.json", record)
-
-
-def _member(manifest: Path, raw: bytes, number: int, codec: str) -> tuple[str, bytes]:
-    """Name and bytes of a row's audio. NeMo splits names at the first full stop, and gives ``-sub`` a meaning."""
-    row = parse_row(raw, need_text=False)
-    path = audio_path(manifest, row)
-    stem = re.sub(r"[^\w-]", "_", path.stem).replace("-sub", "_sub")[:80]
-    name = f"{number:09d}_{stem}"
-    try:
-        with soundfile.SoundFile(path) as file:
-            start, wanted = round(row.offset * file.samplerate), round(row.duration * file.samplerate)
-            tolerance = round(MISSING_TOLERANCE * file.samplerate)
-            if start + wanted > file.frames + tolerance:
-                raise AudioError(
-                    f"{path}: {file.frames / file.samplerate:.3f} s long, the row ends at "
-                    f"{row.offset + row.duration:.3f} s"
-                )
-            whole = start == 0 and file.frames <= wanted + tolerance
-            suffix = path.suffix.lower()
-            if whole and (codec == "keep" or suffix == ".flac"):
-                return name + suffix, path.read_bytes()
-            file.seek(start)
-            exact = file.subtype in _SIXTEEN_BITS
-            samples = file.read(-1 if whole else wanted, dtype="int16" if exact else "int32", always_2d=True)
-            encoded = io.BytesIO()
-            soundfile.write(encoded, samples, file.samplerate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
-    except soundfile.SoundFileError as error:
-        raise AudioError(f"{path}: not readable as audio ({str(error).rsplit(': ', 1)[-1]})") from None
-    return f"{name}.flac", encoded.getvalue()
 
 
 def _record(out: Path, shard: int) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.batch import SpeechBatch
 from nemo_slam.data.config import SpeechConfig
 from nemo_slam.data.index import IndexBuilder, open_index
-from nemo_slam.data.manifest import expand_paths
+from nemo_slam.data.manifest import expand_paths, expand_sources
 from nemo_slam.data.sampling import PURPOSE_SPEECH
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
@@ -33,7 +33,7 @@ class SpeechStream(Stream):
     def __init__(self, config: SpeechConfig, *, seed: int, bad_rows: BadRows | None = None, name: str = "speech"):
         self.config = config
         self.sources = expand_paths(config.manifest_filepath)
-        tars = None if config.tarred_audio_filepaths is None else expand_paths(config.tarred_audio_filepaths)
+        tars = None if config.tarred_audio_filepaths is None else expand_sources(config.tarred_audio_filepaths)
 
         def scan(builder: IndexBuilder) -> None:
             members = None if tars is None else TarMembers(tars)

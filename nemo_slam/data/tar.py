@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tarfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from nemo_slam.data.bad_rows import DataError
 from nemo_slam.data.manifest import RowError
+from nemo_slam.data.remote import Source, is_remote, with_file
+
+_AT_ONCE = 32
 
 
 class TarMembers:
@@ -18,38 +24,31 @@ class TarMembers:
     recording carry a `-sub<n>` suffix. Only headers are read.
 
     Args:
-        paths: the tar files. A member that a truncated file does not hold completely is known, but unusable.
+        paths: the tar files, or their URLs. A member that a truncated file does not hold completely is known, but
+            unusable.
     """
 
-    def __init__(self, paths: Sequence[Path]):
+    def __init__(self, paths: Sequence[Source]):
         self._members: dict[str, tuple[int, int, int]] = {}
         self._names: dict[str, list[str]] = {}  # base name without extension -> whole names
-        self._broken: dict[str, Path] = {}
+        self._broken: dict[str, Source] = {}
         self._damaged: list[str] = []
-        for number, path in enumerate(paths):
-            self._scan(number, path)
+        # Headers of remote files come one request at a time: many files at once.
+        with ThreadPoolExecutor(_AT_ONCE if any(is_remote(path) for path in paths) else 1) as pool:
+            for number, (path, scanned) in enumerate(zip(paths, pool.map(_headers, paths), strict=True)):
+                self._add(number, path, *scanned)
 
-    def _scan(self, number: int, path: Path) -> None:
-        size = path.stat().st_size
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    name = member.name
-                    if name in self._members:
-                        raise DataError(
-                            f"{path} holds a second {member.name!r}: names must be unique over all tar files"
-                        )
-                    if member.offset_data + member.size > size:
-                        self._broken[name] = path
-                    else:
-                        self._members[name] = (number, member.offset_data, member.size)
-                    self._names.setdefault(Path(name).stem, []).append(name)
-        except tarfile.ReadError as error:
-            self._damaged.append(f"{path}: {error}")
-        except OSError as error:
-            raise DataError(f"cannot read {path} ({error.strerror})") from None
+    def _add(self, number: int, path: Source, headers: list[tuple[str, int, int]], size: int, damage: str) -> None:
+        for name, offset, length in headers:
+            if name in self._members:
+                raise DataError(f"{path} holds a second {name!r}: names must be unique over all tar files")
+            if offset + length > size:
+                self._broken[name] = path
+            else:
+                self._members[name] = (number, offset, length)
+            self._names.setdefault(Path(name).stem, []).append(name)
+        if damage:
+            self._damaged.append(f"{path}: {damage}")
 
     def find(self, audio_filepath: str) -> tuple[int, int, int]:
         """Number of the tar file, byte offset and size of a row's audio. Raises RowError where there is none."""
@@ -64,3 +63,26 @@ class TarMembers:
             return self._members[name]
         damaged = f" (not read to the end: {'; '.join(self._damaged)})" if self._damaged else ""
         raise RowError(f"{audio_filepath}: in none of the tar files{damaged}")
+
+
+def _headers(path: Source) -> tuple[list[tuple[str, int, int]], int, str]:
+    """Name, offset and size of each member of a tar file, the file's size, and why it was not read to the end."""
+    try:
+        if isinstance(path, str) and is_remote(path):
+            return with_file(path, _read_headers)
+        with open(path, "rb") as file:
+            return _read_headers(file, os.fstat(file.fileno()).st_size)
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror})") from None
+
+
+def _read_headers(file: Any, size: int) -> tuple[list[tuple[str, int, int]], int, str]:
+    found = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    found.append((member.name, member.offset_data, member.size))
+    except tarfile.ReadError as error:
+        return found, size, str(error)
+    return found, size, ""

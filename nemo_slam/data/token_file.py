@@ -110,7 +110,7 @@ class TokenReader:
 
         *Shape:* (num,) int64.
         """
-        size = self._files.paths[0].stat().st_size // self._dtype.itemsize
+        size = Path(self._files.paths[0]).stat().st_size // self._dtype.itemsize
         if size <= at_most:
             return np.bincount(self.read(0, size), minlength=num)
         length = at_most // stretches

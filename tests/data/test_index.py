@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from nemo_slam.data import index as index_module
+from nemo_slam.data import index_folder
 from nemo_slam.data.bad_rows import BadRow, DataError
 from nemo_slam.data.index import open_index
 
@@ -180,7 +181,7 @@ def test_unwritable_folder_falls_back_to_the_users_cache_and_says_so(source, tmp
 
 def test_a_readable_index_is_used_where_nothing_can_be_written(source, tmp_path, monkeypatch):
     folder = open_numbers([source]).folder
-    monkeypatch.setattr(index_module, "_why_not_writable", lambda folder: "Read-only file system")
+    monkeypatch.setattr(index_folder, "_why_not_writable", lambda folder: "Read-only file system")
     assert open_numbers([source]).folder == folder
     shutil.rmtree(folder)
     with pytest.raises(DataError, match=r"no writable folder for the index: .*Read-only file system.*cache_dir"):
