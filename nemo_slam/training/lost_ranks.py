@@ -11,7 +11,6 @@ import atexit
 import faulthandler
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -107,7 +106,7 @@ class LostRanks(Callback):
             if lost:
                 # An interpreter takes seconds to take NeMo's heap apart, a minute on a busy machine, and nobody waits.
                 atexit.register(os._exit, 1)
-                faulthandler.dump_traceback_later(EXIT, exit=True, file=sys.__stderr__)
+                faulthandler.dump_traceback_later(EXIT, exit=True, file=2)
                 raise LostRankError(_sentence(self.verdict or f"no verdict; {what}")) from error
         self.stop()
 

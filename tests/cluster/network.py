@@ -28,6 +28,7 @@ class Node:
 
     def __init__(self, number: int, name: str):
         self.number, self.name, self.address = number, name, f"{SUBNET}.{number}"
+        self.plug = f"v{number}{name.rpartition('-')[2]}"  # the cable's other end, on the bridge
         self.settings = Path("/etc/netns") / name  # what lies there stands in place of /etc on this machine
 
     def start(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen:
@@ -51,6 +52,21 @@ class Node:
                 os.kill(pid, number)
             except ProcessLookupError:
                 continue
+
+    def unplug(self) -> None:
+        """Nothing leaves or reaches this machine any more, not even the news that its connections are closed."""
+        ip("link", "set", self.plug, "nomaster")
+
+    def seconds(self) -> float:
+        """Processor time of all that runs on this machine."""
+        total = 0
+        for pid in self.processes():
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            total += int(fields[11]) + int(fields[12])
+        return total / os.sysconf("SC_CLK_TCK")
 
     @contextmanager
     def slowed(self) -> Iterator[None]:
@@ -89,9 +105,8 @@ def cluster(count: int) -> Iterator[list[Node]]:
             made.append(node)
             node.settings.mkdir(parents=True)
             (node.settings / "hosts").write_text(f"127.0.0.1 localhost\n{names}")
-            outside = f"v{node.number}{tag}"
-            ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", node.name)
-            ip("link", "set", outside, "master", bridge, "up")
+            ip("link", "add", node.plug, "type", "veth", "peer", "name", "eth0", "netns", node.name)
+            ip("link", "set", node.plug, "master", bridge, "up")
             for command in (
                 ["addr", "add", f"{node.address}/24", "dev", "eth0"],
                 ["link", "set", "eth0", "up"],
