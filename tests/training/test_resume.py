@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -147,8 +148,16 @@ def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, mo
     assert "(100.0% of the model)" in report
     assert "objectives.matching.head.weight" in report.split("in the file but not in the model:")[1]
     table = next(text for text in messages if text.startswith("run:"))
-    assert "stream speech" in table
-    assert "stream text" not in table
+    rows = dict(re.findall(r"^  (\S+(?: \S+)*?)  +(.*)$", table, re.MULTILINE))
+    assert rows["device"].startswith("CPU, ")
+    assert rows["precision"].startswith("32-true")
+    assert rows["kernels"] == "torch (kernels: auto)"
+    assert rows["attention"] == "sdpa (attention: auto)"
+    assert re.fullmatch(r"\d+\.\d\d M", rows["parameters"])
+    assert rows["objectives"] == "masked_speech"
+    assert rows["steps"] == "2, 1 micro-batch(es) each"
+    assert re.match(r"18 rows, \d+\.\d\d h, \d+\.\d steps a pass; filtered: none; bad: 0", rows["stream speech"])
+    assert "stream text" not in rows
     assert {name for name in metrics(third)[0] if "/" in name and "code" not in name} == {
         "masked_speech/contrastive",
         "masked_speech/contrastive_accuracy",

@@ -8,7 +8,7 @@ import torch
 
 from nemo_slam.objectives.base import Histogram, Loss, Metric, ObjectiveOutput
 from nemo_slam.objectives.metrics import MetricAccumulator
-from nemo_slam.training.run_folder import MetricsFile
+from nemo_slam.training.run_folder import MetricsFile, RunMetrics
 
 
 def read(path):
@@ -86,3 +86,17 @@ def test_a_loss_without_examples_is_not_a_number_and_not_in_the_sum():
     figures = metrics.flush()
     assert math.isnan(figures["codes"])
     assert figures["loss"] == 0.0
+
+
+def test_the_progress_line_has_losses_and_rates():
+    figures = {
+        "loss": 3.25,
+        "masked_speech/contrastive": 2.5,
+        "masked_text/tokens": math.nan,  # no text in the interval
+        "lr": 1e-3,
+        "frames_per_second": 4000.0,
+        "tokens_per_second": 612.4,
+    }
+    line = RunMetrics._line(20, 500, figures)
+    assert line == "step 20/500: loss 3.250, speech/contrastive 2.500, 40 s of speech/s, 612 tokens/s"
+    assert "loss nan" in RunMetrics._line(21, 500, {**figures, "loss": math.nan})
