@@ -176,7 +176,7 @@ def test_shards_on_several_machines_train_as_one_process(forked, settings, alone
 
 @pytest.mark.parametrize("count", NODES)
 def test_a_slow_machine_slows_a_dead_one_is_named_and_the_run_resumes_exactly(forked, settings, alone, logs, count):
-    """Machines train as one process does; what goes on after a loss is the run that nothing happened to."""
+    """Machines train as one process does; what goes on after a loss is bit for bit the run that nothing happened to."""
     with cluster(count) as nodes:
         whole = Run(nodes, forked, settings, logs, "whole")
         whole.wait_for_step(1)
@@ -201,11 +201,6 @@ def test_a_slow_machine_slows_a_dead_one_is_named_and_the_run_resumes_exactly(fo
         resumed = Run(nodes, forked, settings, logs, "broken")
         assert resumed.finish() == [0] * count
     assert any(f"resuming from step {last}" in resumed.log(node).read_text() for node in nodes)
-    # Two ranks' sum is the same in any order. Of more, gloo adds in an order that depends on DDP's buckets, which are
-    # laid out anew after a process's first step: what resumes has the same data and masks, not the same last bits.
-    if count > 2:
-        assert_trained_alike(resumed, whole, TOLERANCE)
-        return
     found, expected = resumed.weights(STEPS), whole.weights(STEPS)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
