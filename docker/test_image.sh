@@ -4,6 +4,7 @@
 #
 #   BASE_IMAGE=localhost/my_base docker/test_image.sh    another base: debootstrap's is not made then
 #   TESTS="tests/data -k tar" docker/test_image.sh       some tests only
+#   WHEELS=/srv/wheels docker/test_image.sh              a folder that pip looks into first: a torch without CUDA
 #   WORK=/scratch docker/test_image.sh                   another place for everything that is made
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,6 +26,11 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   if [ ! -e "$WORK/rootfs/.complete" ]; then
     debootstrap --variant=minbase --include=python3,python3-pip,python3-venv,ca-certificates,make,git,libsndfile1 \
       "$SUITE" "$WORK/rootfs"
+    # A machine behind a proxy that signs for others trusts it; so must what is built on this machine.
+    if compgen -G "/usr/local/share/ca-certificates/*.crt" >/dev/null; then
+      cp /usr/local/share/ca-certificates/*.crt "$WORK/rootfs/usr/local/share/ca-certificates/"
+      chroot "$WORK/rootfs" update-ca-certificates
+    fi
     touch "$WORK/rootfs/.complete"
   fi
   container=$(buildah from scratch)
@@ -32,7 +38,12 @@ if [ -z "${BASE_IMAGE:-}" ]; then
   buildah commit --quiet --rm "$container" "$BASE_IMAGE"
 fi
 
-buildah bud --network host --build-arg BASE_IMAGE="$BASE_IMAGE" --tag "$IMAGE" .
+wheels=()
+if [ -n "${WHEELS:-}" ]; then
+  printf '[global]\nfind-links = /wheels\n' >"$WORK/pip.conf"
+  wheels=(--volume "$WHEELS:/wheels:ro" --volume "$WORK/pip.conf:/etc/pip.conf:ro")
+fi
+buildah bud --network host "${wheels[@]}" --build-arg BASE_IMAGE="$BASE_IMAGE" --tag "$IMAGE" .
 
 container=$(buildah from "$IMAGE")
 trap 'buildah rm "$container" >/dev/null' EXIT
