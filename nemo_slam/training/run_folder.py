@@ -151,6 +151,7 @@ def _is_shown(name: str) -> bool:
         "codes",
         "tokens",
         "matching",
+        "ctc",
         "accuracy",
         "code_perplexity",
         "code_information_gain",
