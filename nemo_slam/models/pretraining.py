@@ -27,11 +27,12 @@ from nemo_slam.modules.random_projection import RandomProjectionQuantizer
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective, ObjectiveOutput, sum_over_ranks, world_size
-from nemo_slam.objectives.ctc import PairCTC, spellings
+from nemo_slam.objectives.ctc import PairCTC
 from nemo_slam.objectives.masked_speech import MaskedSpeech, SpeechLoss
 from nemo_slam.objectives.masked_text import MaskedText, TextLoss
 from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.metrics import MetricAccumulator
+from nemo_slam.objectives.spelling import spell
 from nemo_slam.objectives.translation_lm import TranslationLM
 from nemo_slam.randomness import Randomness
 from slam_kernels import backend as kernel_backend
@@ -89,13 +90,6 @@ def build_objectives(
         spelling = None if ctc.units == "pieces" else spell(tokenizer)
         objectives.append(PairCTC(ctc.weight, width, vocab_size, spelling, ctc.input, ctc.speech_masking))
     return nn.ModuleDict({objective.name: objective for objective in objectives})
-
-
-def spell(tokenizer: sentencepiece.SentencePieceProcessor) -> list[list[int]]:
-    """The characters of each piece, see :func:`~nemo_slam.objectives.ctc.spellings`."""
-    ids = range(tokenizer.get_piece_size())
-    plain = [not (tokenizer.is_unknown(i) or tokenizer.is_control(i) or tokenizer.is_byte(i)) for i in ids]
-    return spellings([tokenizer.id_to_piece(i) for i in ids], plain)
 
 
 class SLAMPretrainingModel(ModelPT, Encoders):

@@ -19,25 +19,13 @@ from torch import nn
 
 from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput
+from nemo_slam.objectives.spelling import symbol_count
 
 if TYPE_CHECKING:
     from nemo_slam.models.step import StepOutputs
 
 INPUTS = ("translation_lm", "speech")
 UNITS = ("pieces", "characters")
-
-
-def spellings(pieces: Sequence[str], plain: Sequence[bool]) -> list[list[int]]:
-    """Each piece as numbers of characters, counted in their order; a piece that is not plain (unknown, control, a byte)
-    stays one symbol.
-
-    Args:
-        pieces: the vocabulary, by id.
-        plain: (V,) whether a piece stands for its characters.
-    """
-    parts = [list(piece) if spelt else [piece] for piece, spelt in zip(pieces, plain, strict=True)]
-    number = {symbol: i for i, symbol in enumerate(sorted({symbol for part in parts for symbol in part}))}
-    return [[number[symbol] for symbol in part] for part in parts]
 
 
 class PairCTC(Objective):
@@ -47,7 +35,7 @@ class PairCTC(Objective):
     counted in the metric ``skipped``.
 
     Args:
-        spelling: the symbols of each piece, see :func:`spellings`; None predicts pieces.
+        spelling: the symbols of each piece, see :func:`~nemo_slam.objectives.spelling.spellings`; None predicts pieces.
         input: ``translation_lm`` or ``speech``.
         speech_masking: of ``speech``; None hears everything.
     """
@@ -69,7 +57,7 @@ class PairCTC(Objective):
         self.spelling: torch.Tensor | None
         self.register_buffer("spelling", None, persistent=False)
         if spelling is not None:
-            vocab_size = 1 + max(symbol for symbols in spelling for symbol in symbols)
+            vocab_size = symbol_count(spelling)
             width = max(map(len, spelling))
             self.spelling = torch.tensor([[*symbols, *[-1] * (width - len(symbols))] for symbols in spelling])
         self.head = nn.Linear(d_model, vocab_size + 1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nemo_slam.objectives.spelling import spell, symbol_count
 from nemo_slam.planning.operations import SINGLE, Tally
 from nemo_slam.planning.workload import Lengths, MicroBatch, expected_masked_frames
 
@@ -37,8 +39,8 @@ def parameters(model: Mapping[str, Any]) -> dict[str, int]:
         heads += vocab
     if (matching := objectives["matching"]) is not None:
         heads += d + 1 + 2 * (d + 1) * d * (matching.get("negatives") == "in_batch")
-    # Of units=characters only the tokenizer knows how many there are: no more than pieces, as a rule.
-    heads += (d + 1) * (vocab + 1) * (objectives["ctc"] is not None)
+    if objectives["ctc"] is not None:
+        heads += (d + 1) * (ctc_symbols(model) + 1)
     heads += d * (model["mask_vector"]["kind"] == "learned")
     return {
         "front end": front_end,
@@ -47,6 +49,23 @@ def parameters(model: Mapping[str, Any]) -> dict[str, int]:
         "multimodal encoder": modal["num_layers"] * layer + d + 2 * d * modal["modality_embedding"],
         "quantizer and heads": heads,
     }
+
+
+def ctc_symbols(model: Mapping[str, Any]) -> int:
+    """What CTC chooses from, its blank left out. How many characters there are, only the tokenizer's file knows."""
+    if model["objectives"]["ctc"].get("units", "pieces") == "pieces":
+        return int(model["text_encoder"]["vocab_size"])
+    import sentencepiece  # spares all other plans a compiled module
+
+    path = Path(model["tokenizer"]["model_path"])
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"model.objectives.ctc.units=characters: how many there are, model.tokenizer.model_path says, but {path} "
+            f"cannot be read ({error}): train it first, or plan with units=pieces, of which there are more"
+        ) from error
+    return symbol_count(spell(tokenizer))
 
 
 def quarter(mels: int) -> int:
@@ -195,8 +214,9 @@ class Network:
             self._speech_loss(pairs, node["speech_masking"])
             self._cross_entropy(batch.pair_text.rows * node["token_masking"]["rate"], vocab)
         if objectives["ctc"] is not None:
-            self.tally.linear(pairs.rows, self.width, vocab + 1)
-            self.tally.elementwise(pairs.rows, vocab + 1, SINGLE, saved=2)
+            outputs = ctc_symbols(self.model) + 1
+            self.tally.linear(pairs.rows, self.width, outputs)
+            self.tally.elementwise(pairs.rows, outputs, SINGLE, saved=2)
 
     def _speech_loss(self, lengths: Lengths, masking: Mapping[str, Any]) -> None:
         tally, d = self.tally, self.width

@@ -1,5 +1,6 @@
 """The planner against the network itself: parameters, operations and saved activations of real steps."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_slam.planning.hardware import GPUS
 from nemo_slam.planning.network import parameters
 from nemo_slam.planning.operations import PRECISIONS
-from nemo_slam.planning.plan import USABLE, Run, make_plan, tally_of
+from nemo_slam.planning.plan import USABLE, Run, make_plan, memory_of, tally_of
 from nemo_slam.planning.workload import Lengths, MicroBatch, expected_masked_frames
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +66,25 @@ def saved_bytes(model, run):
     return sum(kept.values())
 
 
+def peak_bytes(run, path):
+    """The most that ``run()`` holds at a time beyond what was there, from the profiler's record of every allocation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    profiler.export_chrome_trace(str(path))
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
+    changes = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["args"]["Ev Idx"])]
+    return max(np.cumsum(changes))
+
+
+def bytes_of(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def compare(name, planned, measured):
+    print(f"{name}: planned {planned / 1e6:.2f} M, measured {measured / 1e6:.2f} M, {planned / measured - 1:+.1%}")
+    assert planned == pytest.approx(measured, rel=WITHIN), name
+
+
 CASES = [
     pytest.param("slam_stage1", "tiny", LARGE, id="stage1-tiny"),
     pytest.param("slam_one_stage", "tiny", LARGE, id="all-tiny"),
@@ -74,27 +94,73 @@ CASES = [
 
 
 @pytest.mark.parametrize(("config", "size", "lengths"), CASES)
-def test_operations_and_memory_of_a_real_step(build, make_batch, config, size, lengths):
+def test_operations_and_memory_of_a_real_step(build, make_batch, tmp_path, config, size, lengths):
     """Within a tenth; docs/scaling.md says how far exactly."""
-    overrides = ["model.objectives.ctc={weight: 1.0, input: speech}"] if config == "slam_stage2" else []
-    model, node = build(config, f"model={size}", "model.conformer.kernels=torch", *overrides)
+    overrides = [f"model={size}", "model.conformer.kernels=torch"]
+    if config == "slam_stage2":
+        overrides.append("model.objectives.ctc={weight: 1.0, input: speech}")
+    model, node = build(config, *overrides)
     model.train()
+    optimizer = torch.optim.AdamW(model.parameters())
     batch, planned_batch = make_batch(*lengths), micro_batch(*lengths)
     options = {"precision": PRECISIONS["32-true"], "fused": False}
-    planned = tally_of(node, planned_batch, **options, mask_bytes=4).total().saved
-    measured = saved_bytes(model, lambda: model.losses(batch)[0])
-    print(
-        f"activations: planned {planned / 1e6:.2f} MB, measured {measured / 1e6:.2f} MB, {planned / measured - 1:+.1%}"
-    )
-    assert planned == pytest.approx(measured, rel=WITHIN)
 
     # Attention as plain products: torch counts no fused attention of a CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.losses(batch)[0].backward()
     planned = sum(tally_of(node, planned_batch, **options, fused_attention=False).total().products)
-    measured = counter.get_total_flops()
-    print(f"operations: {planned / 1e9:.2f} G planned, {measured / 1e9:.2f} counted, {planned / measured - 1:+.1%}")
-    assert planned == pytest.approx(measured, rel=WITHIN)
+    compare("operations", planned, counter.get_total_flops())
+
+    optimizer.step()
+    parameters = list(model.parameters())
+    tally = tally_of(node, planned_batch, **options, mask_bytes=4)
+    whole = composed(config, *overrides, "trainer.precision=32-true")
+    memory = memory_of(Run(whole, GPUS["h100"], 1, fused=False), planned_batch, tally)
+    state = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    held = [bytes_of(tensors) for tensors in (parameters, gradients, state)]
+    assert [memory.weights, memory.gradients, memory.optimizer] == pytest.approx(held, rel=0.001)
+
+    def step():
+        # Gradients stay where they are, as they do under DistributedDataParallel.
+        optimizer.zero_grad(set_to_none=False)
+        loss = model.losses(batch)[0]
+        loss.backward()
+        optimizer.step()
+
+    compare("activations", tally.total().saved, saved_bytes(model, lambda: model.losses(batch)[0]))
+    inputs = bytes_of([batch.speech.audio, batch.pairs.audio])
+    compare("memory of a step", memory.total, sum(held) + inputs + peak_bytes(step, tmp_path / "trace.json"))
+
+
+@pytest.mark.parametrize("units", ["pieces", "characters"])
+def test_ctc_chooses_from_pieces_or_characters(build, make_batch, units):
+    """The head's operations: those of a step with CTC less those of the same step without."""
+    counted, planned = [], []
+    for ctc in (f"{{weight: 0.03, units: {units}}}", "null"):
+        overrides = ["model=tiny", "model.conformer.kernels=torch", f"model.objectives.ctc={ctc}"]
+        model, node = build("slam_stage2", *overrides)
+        batch = make_batch(*SMALL)
+        batch.pairs.tokens %= 32  # what the tokenizer knows, and can spell
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.train().losses(batch)[0].backward()
+        counted.append(counter.get_total_flops())
+        options = {"precision": PRECISIONS["32-true"], "fused": False, "fused_attention": False}
+        planned.append(sum(tally_of(node, micro_batch(*SMALL), **options).total().products))
+    compare(f"CTC of {units}", planned[0] - planned[1], counted[0] - counted[1])
+
+
+def test_characters_without_their_tokenizer_are_an_error(tmp_path):
+    """No silent guess: the file is named, and the ways out."""
+    ctc = [
+        "+model.objectives.ctc={weight: 0.03, units: characters}",
+        f"data.tokenizer.model_path={tmp_path}/none.model",
+    ]
+    with pytest.raises(ValueError, match=r"units=characters.*none\.model cannot be read.*train it first"):
+        plan(*ctc)
+    (tmp_path / "none.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"none\.model cannot be read"):
+        plan(*ctc)
 
 
 def test_layers_that_are_computed_again(build, make_batch):
@@ -118,6 +184,7 @@ def test_layers_that_are_computed_again(build, make_batch):
         ("slam_stage1", ["model=slam"]),
         ("slam_one_stage", ["model=slam", "model.objectives.ctc={weight: 0.03}", "model.mask_vector.kind=learned"]),
         ("slam_stage2", ["model=base", "model.multimodal_encoder.modality_embedding=false"]),
+        ("slam_stage2", ["model=tiny", "model.objectives.ctc={weight: 0.03, units: characters}"]),
         ("slam_stage3", ["model=tiny"]),
         (
             "slam_stage1",
