@@ -1,0 +1,32 @@
+"""The benchmark of killed sharding at a small size: kills, comparison, damage; and that a difference shows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from shard_kills import digests
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_small(tmp_path):
+    out = tmp_path / "result.json"
+    sizes = ["--utterances", "60", "--shards", "3", "--kills", "2", "--workers", "1", "--out", str(out)]
+    command = [sys.executable, "benchmarks/shard_kills.py", *sizes]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    found = json.loads(out.read_text())
+    assert found["files_compared"] == 3 * 3 + 3  # tars, indexes, manifests; the manifest of all, the plan, the summary
+    assert len(found["kills"]) <= 2
+    assert (found["differing_files"], found["missed_damage"], found["verified"]) == ([], [], True)
+    assert found["commit"]
+
+
+def test_a_difference_shows(tmp_path):
+    (tmp_path / "sharded_manifests").mkdir()
+    (tmp_path / "sharded_manifests/manifest_0.json").write_text("a")
+    (tmp_path / ".lock").touch()
+    before = digests(tmp_path)
+    assert list(before) == ["sharded_manifests/manifest_0.json"]
+    (tmp_path / "sharded_manifests/manifest_0.json").write_text("b")
+    assert digests(tmp_path) != before
