@@ -103,13 +103,16 @@ def cpu_seconds(pid: int) -> float:
 def run(folder: Path, batches: int, workers: int) -> dict:
     """What one process of a training sees: start, then batches."""
     started = time.perf_counter()
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
     from nemo_slam.data.loader import StepDataset, build_streams, step_loader
 
     streams = build_streams(nodes(folder), seed=0, tokenizer=folder / "tokenizer.model")
     loader = iter(step_loader(StepDataset(streams), 0, batches, num_workers=workers))
+    assert isinstance(loader, _MultiProcessingDataLoaderIter)  # whose workers are watched
     next(loader)
     start_seconds = time.perf_counter() - started
-    pids = [worker.pid for worker in loader._workers]
+    pids = [worker.pid for worker in loader._workers if worker.pid is not None]
     start_cpu_seconds = time.process_time() + sum(map(cpu_seconds, pids))
     early: list[dict[str, float]] = []
     most = 0.0
