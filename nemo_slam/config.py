@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -28,14 +29,27 @@ def unknown_key(key: str, valid: Iterable[str], where: str) -> ConfigError:
     known = sorted(valid)
     near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"{where}: unknown key {key!r}{hint} (known: {', '.join(known)})")
+    return ConfigError(f"{where}: unknown key {shown(key)}{hint} (known: {', '.join(known)})")
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: cut where it is long, and a number of thousands of digits is no error of its own.
+
+    >>> shown("a" * 200)[-10:]
+    'aaaaaaa...'
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out such a number
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_keys(node: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
     """Refuse a node that is no group of keys, or has one that is not valid."""
     known = list(valid)
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{where} must be a mapping of keys to values (known: {', '.join(known)}), got {node!r}")
+        raise ConfigError(f"{where} must be a mapping of keys to values (known: {', '.join(known)}), got {shown(node)}")
     for key in node:
         if key not in known:
             raise unknown_key(str(key), known, where)
@@ -78,9 +92,11 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
     for option in options:
         if dataclasses.is_dataclass(option):
             return parse(option, value, where)  # type: ignore[arg-type]
-        if option is float and number:
+        if option is float and number and abs(value) <= sys.float_info.max:
             return float(value)
-        if option is int and number and float(value).is_integer():
+        if option is float and isinstance(value, float):  # infinite, or not a number
+            return value
+        if option is int and number and (isinstance(value, int) or value.is_integer()):
             return int(value)
         if option in (str, bool) and isinstance(value, option):
             return value
@@ -89,7 +105,7 @@ def _convert(annotation: Any, value: Any, where: str) -> Any:
             if isinstance(strings, typing.Sequence) and strings and all(isinstance(s, str) and s for s in strings):
                 return list(strings)
     wanted = " or ".join(_NAMES.get(o, "a text or a list of them") for o in options)
-    raise ConfigError(f"{where} must be {wanted}, got {value!r}")
+    raise ConfigError(f"{where} must be {wanted}, got {shown(value)}")
 
 
 _NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}

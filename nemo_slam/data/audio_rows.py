@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from nemo_slam.data.audio import AudioError, load_audio
-from nemo_slam.data.bad_rows import BadRow, EmptyStreamError
+from nemo_slam.data.bad_rows import BadRow, DataError, EmptyStreamError
 from nemo_slam.data.config import PairsConfig, SpeechConfig
 from nemo_slam.data.index import IndexBuilder
 from nemo_slam.data.manifest import Files, Row, RowError, audio_path, parse_row, scan_lines
@@ -118,6 +118,8 @@ class AudioRows:
         """Audio of one example, (T,) float32. Raises RowError, AudioError or OSError."""
         index = self._stream.index
         number = int(index.file[example_id])
+        if not 0 <= number < len(self._manifests.paths):
+            raise DataError(f"the index {index.folder} is damaged: delete it, and it is built anew")
         raw = self._manifests.read(number, int(index.offset[example_id]), int(index.nbytes[example_id]))
         row = parse_row(raw, need_text=False)
         if frames(row.duration) != index.length[example_id]:

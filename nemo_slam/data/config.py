@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from nemo_slam.config import ConfigError, check_keys, parse
+from nemo_slam.config import ConfigError, check_keys, parse, shown
 
 __all__ = ["STREAMS", "ConfigError", "PairsConfig", "SpeechConfig", "TextConfig", "parse_stream", "parse_streams"]
 
@@ -107,14 +107,16 @@ def parse_stream(cls: type[Config], node: Mapping[str, Any], where: str) -> Conf
 def _check_limits(config: Any, where: str) -> None:
     """What must hold of values and between them."""
     for key in _AT_LEAST_ONE:
-        if getattr(config, key, 1) < 1:
-            raise ConfigError(f"{where}.{key} must be a whole number of at least 1, got {getattr(config, key)}")
+        if not 1 <= getattr(config, key, 1) < 1 << 31:  # an index counts lengths in 32 bits
+            raise ConfigError(
+                f"{where}.{key} must be a whole number from 1 to 2^31 - 1, got {shown(getattr(config, key))}"
+            )
     if hasattr(config, "max_duration") and not 0 <= config.min_duration <= config.max_duration:
         raise ConfigError(
             f"{where}: min_duration ({config.min_duration}) must lie between 0 and max_duration ({config.max_duration})"
         )
     if hasattr(config, "negatives") and config.negatives not in NEGATIVES:
-        raise ConfigError(f"{where}.negatives must be one of {', '.join(NEGATIVES)}, got {config.negatives!r}")
+        raise ConfigError(f"{where}.negatives must be one of {', '.join(NEGATIVES)}, got {shown(config.negatives)}")
     if hasattr(config, "min_tokens") and config.min_tokens > config.max_tokens:
         raise ConfigError(f"{where}: min_tokens ({config.min_tokens}) is above max_tokens ({config.max_tokens})")
 

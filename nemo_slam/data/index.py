@@ -3,7 +3,7 @@
 An index is a folder of flat arrays plus `meta.json`, built on first use. Its name carries a hash of the settings and
 one of the sources (path, size, time, first and last bytes), so an index that does not match its sources is never
 opened: it is rebuilt, and that is said. It is written under a file lock and appears by one rename, so that several
-processes on a machine build it once and nobody sees half of one.
+processes on a machine build it once and nobody sees half of one. Checksums tell a damaged one, which is rebuilt too.
 
 Layout, one entry a row (an example): `length` and whatever the stream adds; for all: `shard_offsets`, `shard_lengths`.
 """
@@ -22,38 +22,41 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from nemo_slam.data.bad_rows import BadRow
+from nemo_slam.data.bad_rows import BadRow, DataError
 from nemo_slam.data.index_folder import cache_folders, fingerprint, first_writable, short_hash
+from nemo_slam.data.index_meta import META_FILE, check_files, file_digest, flush, read_meta, write_meta
 from nemo_slam.data.remote import Source
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
+CHECKED_BYTES = 1 << 28
+"""Files up to this size are read whole when an index is opened, to see whether they are damaged: 0.3 s each at most.
+
+Of a larger one only the size is checked. Every rank reads, so the limit keeps the start of a large run short.
+"""
 SHARD_ROWS = 8192  # a shard never crosses a source file
 _FLUSH_ROWS = 1 << 16
 _PROGRESS_ROWS = 1_000_000
+_BAD_FILE = "bad.jsonl"
 
 
 class Index:
     """An open index. Arrays are attributes, memory-mapped and read-only; it pickles as its folder's name.
 
     Attributes:
-        folder: where it lies.
+        folder: where it lies. DataError if what lies there is damaged.
         meta: `rows`, `filtered` (reason -> count), `bad` (count), `digest` (of the content) and what the stream adds.
         length: (n,) int32, in the unit of the stream's budget.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self.meta = json.loads((self.folder / "meta.json").read_text())
+        self.meta = read_meta(self.folder / META_FILE, INDEX_VERSION)
+        check_files(self.folder, self.meta["files"], CHECKED_BYTES)
         self._arrays: dict[str, np.ndarray] = {}
-        if self.meta["version"] != INDEX_VERSION:
-            raise ValueError(f"version {self.meta['version']}, expected {INDEX_VERSION}")
         for name, (dtype, size) in self.meta["arrays"].items():
             path = self.folder / f"{name}.bin"
-            found, expected = path.stat().st_size, size * np.dtype(dtype).itemsize
-            if found != expected:
-                raise ValueError(f"{path} has {found} bytes, expected {expected}")
             array = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
             self._arrays[name] = np.asarray(array)  # a plain view: np.memmap's own indexing is slow
 
@@ -77,7 +80,7 @@ class Index:
 
     def bad_rows(self) -> list[BadRow]:
         """The rows that the scan refused."""
-        with open(self.folder / "bad.jsonl", encoding="utf-8") as file:
+        with open(self.folder / _BAD_FILE, encoding="utf-8") as file:
             return [BadRow(**json.loads(line)) for line in file]
 
 
@@ -101,7 +104,7 @@ class IndexBuilder:
         self._shard_rows: list[int] = []
         self._shard_lengths: list[int] = []
         self._files = {name: open(folder / f"{name}.bin", "wb") for name in columns}  # noqa: SIM115
-        self._bad_file = open(folder / "bad.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self._bad_file = open(folder / _BAD_FILE, "w", encoding="utf-8")  # noqa: SIM115
 
     def add(self, *row) -> None:
         """Adds a row: its fields in the order of `columns`."""
@@ -146,9 +149,15 @@ class IndexBuilder:
             "filtered": dict(self.filtered),
             "digest": self._digest.hexdigest(),
             "arrays": self.arrays,
+            "files": {
+                name: file_digest(self.folder / name) for name in [*(f"{a}.bin" for a in self.arrays), _BAD_FILE]
+            },
             **self.meta,
         }
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+        write_meta(self.folder / META_FILE, meta)
+        for path in self.folder.iterdir():  # before the rename: a crash of the machine may leave empty files, and what
+            if path.stat().st_size > CHECKED_BYTES:  # is opened without a look at all of it must not be one of them
+                flush(path)
 
     def close(self) -> None:
         """Closes the files of a build that failed."""
@@ -217,7 +226,7 @@ def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable
     outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p != folder and p.is_dir()]
     if folder.exists():
         logger.warning("the index %s is damaged: building it anew", folder)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     elif outdated:
         logger.warning("the index %s does not match its sources any more: building it anew", outdated[0])
     else:
@@ -252,6 +261,6 @@ def _try_open(folder: Path) -> Index | None:
         return None
     try:
         return Index(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, DataError) as error:
         logger.warning("cannot use the index %s (%s)", folder, error)
         return None

@@ -14,6 +14,9 @@ from pathlib import Path
 from nemo_slam.data.bad_rows import DataError
 from nemo_slam.data.remote import Source, is_remote, read_range
 
+LONGEST_SECONDS = 20_000_000.0
+"""More than that, in frames of 10 ms, is too large for the 32 bits of an index."""
+
 _OPEN_FILES = 64
 _BOM = b"\xef\xbb\xbf"
 
@@ -36,7 +39,7 @@ class Row:
 def parse_json(raw: bytes) -> dict:
     """A line of JSON as a dict. Raises RowError with the reason."""
     try:
-        row = json.loads(raw.decode("utf-8").rstrip())
+        row = json.loads(raw.decode("utf-8").rstrip(" \t\r\n"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {raw[error.start]:#04x} at column {error.start})") from None
     except json.JSONDecodeError as error:
@@ -91,6 +94,8 @@ def _seconds(row: dict, key: str) -> float:
         seconds = math.inf
     if not math.isfinite(seconds):
         raise RowError(f"{key} must be finite, got {seconds}")
+    if seconds > LONGEST_SECONDS:
+        raise RowError(f"{key} must be at most {LONGEST_SECONDS:.0f} s, got {seconds:g}")
     return seconds
 
 
@@ -184,5 +189,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def audio_path(manifest: Path, row: Row) -> Path:
-    """Where a row's audio lies: relative paths are taken from the manifest's folder."""
+    """Where a row's audio lies: relative paths are taken from the manifest's folder. Raises RowError for no path."""
+    if "\0" in row.audio_filepath:
+        raise RowError("audio_filepath holds a null character, which no path does")
     return manifest.parent / os.path.expanduser(row.audio_filepath)

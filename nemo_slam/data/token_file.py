@@ -94,15 +94,21 @@ class TokenReader:
     """
 
     def __init__(self, folder: Path, dtype: str):
-        self._files = Files([folder / f"{TOKENS_FILE}.bin"])
+        path = folder / f"{TOKENS_FILE}.bin"
+        self._files = Files([path])
         self._dtype = np.dtype(dtype)
+        self._size = path.stat().st_size // self._dtype.itemsize
 
     def read(self, start: int, length: int) -> np.ndarray:
         """*Shape:* (length,) int64."""
         size = self._dtype.itemsize
-        raw = self._files.read(0, int(start) * size, int(length) * size)
-        if len(raw) != length * size:
-            raise DataError(f"{self._files.paths[0]} ends early: delete its folder, and it is built anew")
+        inside = 0 <= start <= start + length <= self._size
+        raw = self._files.read(0, int(start) * size, int(length) * size) if inside else b""
+        if not inside or len(raw) != length * size:
+            raise DataError(
+                f"{self._files.paths[0]} is damaged: no tokens {start} to {start + length}. Delete its folder, and "
+                "it is built anew"
+            )
         return np.frombuffer(raw, self._dtype).astype(np.int64)
 
     def counts(self, num: int, at_most: int = 1 << 20, stretches: int = 16) -> np.ndarray:
