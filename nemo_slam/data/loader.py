@@ -22,6 +22,7 @@ from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.data.config import ConfigError, parse_streams
 from nemo_slam.data.pairs import PairStream
+from nemo_slam.data.shared_memory import share
 from nemo_slam.data.speech import SpeechStream
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.text import TextStream
@@ -139,6 +140,7 @@ def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool
     workers: dict[str, Any] = {}
     if num_workers:
         workers = {"persistent_workers": True, "prefetch_factor": prefetch, "worker_init_fn": _end_with_the_reader}
+        workers["collate_fn"] = share
     # A generator of its own: a loader draws its workers' base seed from the global one, which a resumed run must find
     # untouched.
     return DataLoader(
