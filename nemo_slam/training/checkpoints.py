@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,35 @@ class StreamedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError("checkpoints are written to a file; storage_options are not supported")
-        torch.save(checkpoint, path)
+        try:
+            torch.save(checkpoint, path)
+        except (OSError, RuntimeError) as error:  # torch's own error names neither the file nor the disk
+            free = shutil.disk_usage(Path(path).parent).free
+            Path(path).unlink(missing_ok=True)
+            raise OSError(
+                f"cannot write the checkpoint {path}, {free / (1 << 20):.1f} MiB are left on its disk ({error}). Make "
+                "room, or lower checkpoint.keep_last; the same command resumes from the newest finished checkpoint"
+            ) from error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Refuses a damaged file. torch does not look at the checksums in it, and would read wrong weights."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            problem = f"{damaged} does not match its checksum" if damaged else ""
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError) as error:
+            problem = f"{type(error).__name__}: {error}"  # what zipfile makes of bytes that mean something else
+        if not problem:
+            try:
+                return super().load_checkpoint(path, *args, **kwargs)
+            except RuntimeError as error:
+                if "PytorchStreamReader" not in str(error):
+                    raise
+                problem = str(error).splitlines()[0]
+        raise ValueError(
+            f"the checkpoint {path} is damaged ({problem:.200}): remove it, and the same command resumes from the one "
+            "before"
+        )
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -150,6 +152,21 @@ class StepGuard(Callback):
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         logging.warning(f"step {step}: update skipped, {reason}; its examples are in {self.path}")
+
+
+@contextmanager
+def disk_advice(folder: Path) -> Iterator[None]:
+    """Re-raise a full disk's error, which often names no file, with the room that is left and the way out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        rooms = [f"{place} has {shutil.disk_usage(place).free / (1 << 20):.1f} MiB" for place in (folder, "/dev/shm")]
+        raise OSError(
+            f"{error}: {', '.join(rooms)} left. Make room (/dev/shm is for loader workers: data.num_workers=0 does "
+            "without it); the same command resumes from the newest finished checkpoint"
+        ) from error
 
 
 @contextmanager

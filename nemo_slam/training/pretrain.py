@@ -29,7 +29,7 @@ from nemo_slam.training.checkpoints import (
     finished_checkpoints,
 )
 from nemo_slam.training.data_module import SLAMDataModule
-from nemo_slam.training.guards import StepGuard, memory_advice
+from nemo_slam.training.guards import StepGuard, disk_advice, memory_advice
 from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.lost_ranks import LostRanks
 from nemo_slam.training.parallel import ParallelConfig, make_strategy, whole_weights
@@ -142,14 +142,17 @@ def _say_demonstration(cfg: DictConfig, trainer: Trainer) -> None:
 
 def _save_config(cfg: DictConfig, run_folder: Path) -> None:
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    OmegaConf.save(resolved, run_folder / "config.yaml")
+    part = run_folder / "config.yaml.part"
+    with disk_advice(run_folder):
+        OmegaConf.save(resolved, part)
+    os.replace(part, run_folder / "config.yaml")  # the one before stays whole where there is no room
 
 
 def save_nemo(model: Any, path: Path) -> None:
     """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive."""
     part = path.with_name(f".{path.stem}.part.nemo")
     trainer: Trainer | None = model.trainer
-    with whole_weights(model):
+    with disk_advice(path.parent), whole_weights(model):
         if trainer is None or trainer.is_global_zero:  # NeMo writes on this rank alone, and no rank waits
             model.save_to(str(part))
             os.replace(part, path)
@@ -244,7 +247,7 @@ def fit(
     trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated, **found})))
     lost_ranks = LostRanks(parse(ParallelConfig, cfg.parallel, "parallel").lost_after_seconds)
     trainer.callbacks.insert(0, lost_ranks)
-    with memory_advice(cfg), lost_ranks:
+    with memory_advice(cfg), disk_advice(Path(cfg.exp_manager.exp_dir) / cfg.name), lost_ranks:
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
     exit_if_terminated(trainer)
 

@@ -1,0 +1,91 @@
+"""A checkpoint that is not as it was written is refused by name; one that cannot be written leaves the others whole."""
+
+from __future__ import annotations
+
+import errno
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemo_slam.training import checkpoints as module
+from nemo_slam.training.checkpoints import StreamedCheckpointIO
+from nemo_slam.training.guards import disk_advice
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "step_000000004.ckpt"
+    StreamedCheckpointIO().save_checkpoint({"weights": torch.arange(4096.0), "step": 4}, path)
+    return path
+
+
+def test_a_whole_one_is_read(saved):
+    found = StreamedCheckpointIO().load_checkpoint(saved)
+    assert found["step"] == 4
+    assert torch.equal(found["weights"], torch.arange(4096.0))
+
+
+def test_one_changed_bit_of_a_weight_is_noticed(saved):
+    """torch alone reads it without a word, as the last lines show."""
+    with zipfile.ZipFile(saved) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    content = bytearray(saved.read_bytes())
+    content[largest.header_offset + 8000] ^= 1
+    saved.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step_000000004\.ckpt is damaged .*remove it, and the same command resumes"):
+        StreamedCheckpointIO().load_checkpoint(saved)
+    assert not torch.equal(torch.load(saved)["weights"], torch.arange(4096.0))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_one_cut_short_is_named(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"step_000000004\.ckpt is damaged"):
+        StreamedCheckpointIO().load_checkpoint(saved)
+
+
+def test_rubbish_anywhere_is_never_read_as_something_else(saved):
+    generator = torch.Generator().manual_seed(0)
+    content = saved.read_bytes()
+    for _ in range(200):
+        at = int(torch.randint(len(content), (), generator=generator))
+        saved.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        try:
+            found = StreamedCheckpointIO().load_checkpoint(saved)
+        except ValueError as error:
+            named = "is damaged" in str(error) and saved.name in str(error)
+            assert named, error  # noqa: PT017
+            continue
+        assert found["step"] == 4
+        assert torch.equal(found["weights"], torch.arange(4096.0))
+
+
+def test_a_missing_one_stays_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        StreamedCheckpointIO().load_checkpoint(tmp_path / "step_000000001.ckpt")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 9")])
+def test_no_room_names_the_file_and_leaves_no_part(tmp_path, monkeypatch, error):
+    def full(checkpoint, path):
+        Path(path).write_bytes(b"the beginning")
+        raise error
+
+    monkeypatch.setattr(module.torch, "save", full)
+    part = tmp_path / "step_000000008.ckpt.part"
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*step_000000008.*MiB are left.*Make room"):
+        StreamedCheckpointIO().save_checkpoint({}, part)
+    assert not part.exists()
+
+
+def test_a_full_disk_is_named_and_other_errors_pass(tmp_path):
+    with (
+        pytest.raises(OSError, match=rf"No space left on device: {tmp_path} has .* MiB.*/dev/shm.*Make room"),
+        disk_advice(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), disk_advice(tmp_path):
+        raise FileNotFoundError(errno.ENOENT, "gone")
