@@ -14,14 +14,13 @@ class Usage:
     """Sums over a tree of processes.
 
     Attributes:
-        resident_mib: resident memory; what processes share counts once for each.
-        proportional_mib: the same, with what n processes share counted as an nth for each.
+        resident_mib: resident memory; what processes share counts once for each, so that it does not grow where one
+            of them writes to its copy.
         cpu_seconds: of the processes that live; the largest sum so far is what has been used.
     """
 
     processes: int
     resident_mib: float
-    proportional_mib: float
     cpu_seconds: float
     open_files: int
     threads: int
@@ -41,14 +40,12 @@ def tree(pid: int) -> list[int]:
 
 def usage(pid: int) -> Usage:
     """Of the tree under ``pid``; a process that ends meanwhile counts as far as it was read."""
-    resident = proportional = cpu = 0.0
+    resident = cpu = 0.0
     processes = files = threads = 0
     for member in tree(pid):
         folder = Path(f"/proc/{member}")
         try:
-            memory = dict(line.split(":", 1) for line in (folder / "smaps_rollup").read_text().splitlines()[1:])
-            resident += int(memory["Rss"].split()[0]) / 1024
-            proportional += int(memory["Pss"].split()[0]) / 1024
+            resident += int((folder / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MIB
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
             cpu += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             threads += int(fields[17])
@@ -56,4 +53,4 @@ def usage(pid: int) -> Usage:
             processes += 1
         except OSError:
             continue
-    return Usage(processes, round(resident, 2), round(proportional, 2), round(cpu, 2), files, threads)
+    return Usage(processes, round(resident, 2), round(cpu, 2), files, threads)

@@ -120,7 +120,7 @@ def main() -> int:
     met = {
         **ended_well,
         "throughput": found["steps_per_cpu_second"]["ratio"] >= 1 - SLOWDOWN,
-        "memory": found["proportional_mib"]["growth"] <= GROWTH_MIB,
+        "memory": found["resident_mib"]["growth"] <= GROWTH_MIB,
         "open_files": found["open_files"]["growth"] <= 0,
         "threads": found["threads"]["growth"] <= 0,
     }
@@ -140,7 +140,7 @@ def main() -> int:
     out = options.out or RESULTS / f"soak_{datetime.now():%Y-%m-%dT%H%M%S}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    rates, memory = found["steps_per_cpu_second"], found["proportional_mib"]
+    rates, memory = found["steps_per_cpu_second"], found["resident_mib"]
     print(
         f"{samples[-1]['step']} steps; for a second of processor time {rates['first']:.2f} in the first third, "
         f"{rates['last']:.2f} in the last (ratio {rates['ratio']:.3f}); memory {memory['first']:.0f} and "
