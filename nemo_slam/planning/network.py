@@ -173,6 +173,9 @@ class Network:
         tally.norm(rows, d)
         for number in range(3):
             tally.linear(rows, d, d, saved=number == 0, input_bytes=residual)
+        # One product: the joined weights are kept for its backward. Those that autocast makes are among its copies.
+        joined = 3 * d * d * tally.precision.compute
+        tally.add(moved=(2 * joined, 2 * joined), saved=joined * (tally.precision.copies == 0))
         tally.attention(rows, sum(kind.squares for kind in kinds), d, node["n_heads"])
         tally.linear(rows, d, d)
         self._residual(rows)
