@@ -43,7 +43,8 @@ if [ -n "${WHEELS:-}" ]; then
   printf '[global]\nfind-links = /wheels\n' >"$WORK/pip.conf"
   wheels=(--volume "$WHEELS:/wheels:ro" --volume "$WORK/pip.conf:/etc/pip.conf:ro")
 fi
-buildah bud --network host "${wheels[@]}" --build-arg BASE_IMAGE="$BASE_IMAGE" --tag "$IMAGE" .
+# Docker's own format: the other one has no health check, and no SHELL.
+buildah bud --format docker --network host "${wheels[@]}" --build-arg BASE_IMAGE="$BASE_IMAGE" --tag "$IMAGE" .
 
 container=$(buildah from "$IMAGE")
 trap 'buildah rm "$container" >/dev/null' EXIT
@@ -52,6 +53,10 @@ inside() { buildah run --network host "$@"; }
 user=$(inside "$container" -- id -u)
 [ "$user" -ne 0 ] || { echo "error: the image runs as root" >&2; exit 1; }
 echo "user $user"
+words='{{range .Docker.Config.Healthcheck.Test}}{{println .}}{{end}}'
+mapfile -t health < <(buildah inspect --type image --format "$words" "$IMAGE")
+inside "$container" -- "${health[@]:1}" # its first word says how it is run: CMD
+echo "healthy"
 
 # The corpus once, writable; then read-only, as a run on a cluster finds it.
 mkdir -p "$WORK/data"
