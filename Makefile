@@ -7,6 +7,7 @@
 #   make setup PYTHON=python3.12                   another interpreter for .venv
 #   make setup TORCH_INDEX_URL=URL                 torch from another index, for instance CPU builds only
 #   make test PYTEST_ARGS="-k packing" JOBS=4      some tests only, in more processes
+#   make fuzz N=1000000                            that many inputs; FUZZ_SEED=S for the same ones again
 #   make test READY_PYTHON=python3                 an environment that is set up already, as in a container: no .venv
 
 SHELL := /bin/bash
@@ -28,6 +29,7 @@ ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
 NODES ?= 2
+N ?= 100000
 
 # Tried in this order; the first that is 3.10 or newer and can make virtual environments. 3.11 is what the tests run on.
 CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.11 python3.12 python3.13 python3 python3.10)
@@ -35,7 +37,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo oracle learning study report docs test cluster-test image-test lint format gpu-check clean distclean faults
+.PHONY: help setup data pretrain demo oracle learning study report docs test cluster-test image-test lint format gpu-check clean distclean faults fuzz soak
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -112,6 +114,12 @@ docs: setup  ## the documentation as a site, in site/
 
 faults: setup  ## hurt 60 small runs and check that none loses finished work; again: go on
 	@OMP_NUM_THREADS=1 $(RUN) benchmarks/faults.py --out "$(EXP_DIR)/faults.jsonl" $(ARGS)
+
+fuzz: setup  ## N damaged inputs for the readers of manifests, text, indexes and configs, from a new seed
+	@FUZZ_INPUTS=$(N) FUZZ_SEED=$${FUZZ_SEED:-$$(date +%s)} OMP_NUM_THREADS=1 $(RUN) -m pytest -q tests/fuzz $(PYTEST_ARGS)
+
+soak: setup  ## train a small model for 20 minutes: does it slow down, does it grow?
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/soak.py $(ARGS)
 
 # One thread in each test process: the tests are small, and more processes than cores slow each other down.
 test: setup  ## all tests

@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 SEED = int(os.environ.get("FUZZ_SEED") or 0)
@@ -113,6 +116,22 @@ def inputs(reader: str) -> Iterator[tuple[int, random.Random]]:
         yield number, random.Random(f"{SEED} {reader} {number}")
 
 
+TOGETHER = 25
+"""Inputs that are files of one index: building an index costs more than reading so small a file."""
+
+
+def in_groups(reader: str) -> Iterator[tuple[random.Random, list[tuple[int, random.Random]]]]:
+    """The inputs in groups, each with a generator for what a group has in common, which one input alone gets, too."""
+    group: list[tuple[int, random.Random]] = []
+    for number, generator in inputs(reader):
+        if group and number // TOGETHER != group[0][0] // TOGETHER:
+            yield random.Random(f"{SEED} {reader} group {group[0][0] // TOGETHER}"), group
+            group = []
+        group.append((number, generator))
+    if group:
+        yield random.Random(f"{SEED} {reader} group {group[0][0] // TOGETHER}"), group
+
+
 @contextmanager
 def told(reader: str, number: int, shown: Any = "") -> Iterator[None]:
     """Bounds the time of one input, and names it where something goes wrong."""
@@ -179,3 +198,31 @@ def joined(random: random.Random, lines: list[bytes]) -> bytes:
     if random.random() < 0.2:
         content = content[: -len(end)]
     return damaged(random, content) if random.random() < 0.1 else content
+
+
+def checked(reader: str, check: Callable[[dict[Path, bytes]], Counter[str]], files: dict[Path, bytes]) -> Counter[str]:
+    """Checks files together; where that fails, each alone, to tell which it is. A file's name is its input's number.
+
+    ``check`` leaves its index in the folder `index` beside the files.
+    """
+    first = int(next(iter(files)).stem)
+
+    def of(some: dict[Path, bytes]) -> Counter[str]:
+        for path, content in some.items():
+            path.write_bytes(content)
+        index = path.parent / "index"
+        try:
+            return check(some)
+        finally:
+            shutil.rmtree(index)
+            for path in some:
+                path.unlink()
+
+    try:
+        with told(reader, first):
+            return of(files)
+    except AssertionError:
+        for path, content in files.items():
+            with told(reader, int(path.stem), content):
+                of({path: content})
+        raise

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import VALUES, damaged_row, inputs, joined, told
+from fuzzing import VALUES, checked, damaged_row, in_groups, joined
 
 from nemo_slam.data.audio_rows import COLUMNS, scan_audio_rows
 from nemo_slam.data.bad_rows import BadRows
@@ -75,26 +75,26 @@ def test_the_oracle_can_tell():
 
 
 def test_no_row_is_lost_or_changed(tmp_path):
-    path, seen = tmp_path / "manifest.json", Counter()
-    for number, generator in inputs("manifest"):
-        rows = [generator.choice(ROWS) for _ in range(generator.randint(1, 6))]
-        content = joined(generator, [damaged_row(generator, row) for row in rows])
-        with told("manifest", number, content):
-            path.write_bytes(content)
-            seen += check(generator, path, content, tmp_path / str(number))
-    if number > 1000:
-        assert min(seen[kind] for kind in ("kept", "filtered", "bad")) > number / 10, (
-            f"the inputs are one-sided: {seen}"
-        )
+    seen: Counter[str] = Counter()
+    for common, group in in_groups("manifest"):
+        files = {}
+        for number, generator in group:
+            rows = [generator.choice(ROWS) for _ in range(generator.randint(1, 6))]
+            content = joined(generator, [damaged_row(generator, row) for row in rows])
+            files[tmp_path / f"{number}.json"] = content
+        options = {"need_text": common.random() < 0.5, "limits": common.choice(LIMITS)}
+        seen += checked("manifest", partial(check, folder=tmp_path / "index", **options), files)
+    if sum(seen.values()) > 1000:
+        assert min(seen[kind] for kind in ("kept", "filtered", "bad")) > 100, f"the inputs are one-sided: {seen}"
 
 
-def check(generator: random.Random, path: Path, content: bytes, folder: Path) -> Counter[str]:
-    need_text, (shortest, longest) = generator.random() < 0.5, generator.choice(LIMITS)
+def check(files: dict[Path, bytes], folder: Path, need_text: bool, limits: tuple[float, float]) -> Counter[str]:
+    paths, (shortest, longest) = [*files], limits
     folder.mkdir()
     builder = IndexBuilder(folder, COLUMNS)
-    config = SpeechConfig([str(path)], 100, min_duration=shortest, max_duration=longest)
+    config = SpeechConfig([str(path) for path in paths], 100, min_duration=shortest, max_duration=longest)
     read: list[Row] = []
-    for chunk in scan_audio_rows(builder, [path], config, need_text, None):
+    for chunk in scan_audio_rows(builder, paths, config, need_text, None):
         for row, values in chunk:
             read.append(row)
             builder.add(*values)
@@ -102,28 +102,27 @@ def check(generator: random.Random, path: Path, content: bytes, folder: Path) ->
     index = Index(folder)
 
     kept, filtered, bad = [], 0, []
-    for line, offset, raw in plain_lines(content):
-        row = plain_row(raw, need_text)
-        if row is None:
-            bad.append(line)
-        elif shortest <= row.duration <= longest:
-            kept.append((row, line, offset))
-        else:
-            filtered += 1
-    assert read == [row for row, _, _ in kept]
-    assert index.line.tolist() == [line for _, line, _ in kept]
-    assert index.offset.tolist() == [offset for _, _, offset in kept]
+    for file, (path, content) in enumerate(files.items()):
+        for line, offset, raw in plain_lines(content):
+            row = plain_row(raw, need_text)
+            if row is None:
+                bad.append((str(path), line))
+            elif shortest <= row.duration <= longest:
+                kept.append((row, file, line, offset))
+            else:
+                filtered += 1
+    assert read == [row for row, _, _, _ in kept]
+    assert [*zip(*(getattr(index, c).tolist() for c in ("file", "line", "offset")), strict=True)] == [
+        k[1:] for k in kept
+    ]
     assert np.array_equal(index.length, [max(1, round(row.duration * 100)) for row in read])
     assert sum(index.meta["filtered"].values()) == filtered
-    assert [(b.file, b.line) for b in index.bad_rows()] == [(str(path), line) for line in bad]
+    assert [(b.file, b.line) for b in index.bad_rows()] == bad
     assert all(b.reason.isprintable() and 0 < len(b.reason) < 300 for b in index.bad_rows())
-    files = Files([path])  # and each row is found again by its position
-    again = [files.read(0, o, n) for o, n in zip(index.offset.tolist(), index.nbytes.tolist(), strict=True)]
-    assert [parse_row(raw, need_text) for raw in again] == read
-    files.close()
-    for part in folder.iterdir():
-        part.unlink()
-    folder.rmdir()
+    reader = Files(paths)  # and each row is found again by its position
+    places = zip(*(getattr(index, c).tolist() for c in ("file", "offset", "nbytes")), strict=True)
+    assert [parse_row(reader.read(*place), need_text) for place in places] == read
+    reader.close()
     return Counter(kept=len(kept), filtered=filtered, bad=len(bad))
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import random
 from collections import Counter
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import sentencepiece
-from fuzzing import damaged, damaged_row, inputs, joined, told
+from fuzzing import checked, damaged, damaged_row, in_groups, joined
 
 from nemo_slam.data.config import TextConfig
 from nemo_slam.data.index import Index, IndexBuilder
@@ -66,42 +66,46 @@ def model(tokenizer_model):
 
 def test_no_line_is_lost_or_changed(tmp_path, tokenizer_model, model):
     tokenizer, seen = Tokenizer(tokenizer_model), Counter()
-    for number, generator in inputs("text"):
-        is_json = generator.random() < 0.5
-        lines = [generator.choice(LINES) for _ in range(generator.randint(1, 6))]
-        if is_json:
-            content = joined(generator, [damaged_row(generator, {"text": line, "lang": "en"}) for line in lines])
-        else:
-            raw = [line.encode() for line in lines]
-            content = joined(generator, [damaged(generator, r) if generator.random() < 0.4 else r for r in raw])
-        path = tmp_path / ("text.jsonl" if is_json else "text.txt")
-        with told("text", number, content):
-            path.write_bytes(content)
-            seen += check(generator, path, content, tmp_path / str(number), tokenizer, model)
-    if number > 1000:
-        assert min(seen[kind] for kind in ("kept", "blank", "short", "bad")) > number / 50, f"one-sided inputs: {seen}"
+    for common, group in in_groups("text"):
+        files = {}
+        for number, generator in group:
+            lines = [generator.choice(LINES) for _ in range(generator.randint(1, 6))]
+            if generator.random() < 0.5:
+                path = tmp_path / f"{number}.jsonl"
+                files[path] = joined(generator, [damaged_row(generator, {"text": s, "lang": "en"}) for s in lines])
+            else:
+                raw = [line.encode() for line in lines]
+                raw = [damaged(generator, r) if generator.random() < 0.4 else r for r in raw]
+                files[tmp_path / f"{number}.txt"] = joined(generator, raw)
+        limits = common.choice([(1, 256), (4, 6), (1, 1)])
+        run = partial(check, folder=tmp_path / "index", limits=limits, tokenizer=tokenizer, model=model)
+        seen += checked("text", run, files)
+    if sum(seen.values()) > 1000:
+        assert min(seen[kind] for kind in ("kept", "blank", "short", "bad")) > 100, f"the inputs are one-sided: {seen}"
 
 
-def check(
-    generator: random.Random, path: Path, content: bytes, folder: Path, tokenizer: Tokenizer, model
-) -> Counter[str]:
-    limits = generator.choice([(1, 256), (4, 6), (1, 1)])
+def check(files: dict[Path, bytes], folder: Path, limits: tuple[int, int], tokenizer: Tokenizer, model) -> Counter[str]:
     folder.mkdir()
     builder = IndexBuilder(folder, COLUMNS)
-    scan_text(builder, [path], TextConfig([str(path)], 100, max_tokens=limits[1], min_tokens=limits[0]), tokenizer)
+    paths = [*files]
+    config = TextConfig([str(path) for path in paths], 100, max_tokens=limits[1], min_tokens=limits[0])
+    scan_text(builder, paths, config, tokenizer)
     builder.finish()
     index = Index(folder)
-    kept, filtered, bad = plain_rows(content, path.suffix == ".jsonl", model, limits)
-    assert sorted((b.file, b.line) for b in index.bad_rows()) == [(str(path), line) for line in bad]
+    kept, filtered, bad = {}, Counter(), []
+    for file, (path, content) in enumerate(files.items()):
+        own, left_out, refused = plain_rows(content, path.suffix == ".jsonl", model, limits)
+        kept |= {(file, line): tokens for line, tokens in own}
+        filtered += left_out
+        bad += [(str(path), line) for line in refused]
+    assert sorted((b.file, b.line) for b in index.bad_rows()) == sorted(bad)
     assert all(b.reason.isprintable() and 0 < len(b.reason) < 300 for b in index.bad_rows())
     assert sum(index.meta["filtered"].values()) == sum(filtered.values())
     reader = TokenReader(folder, tokenizer.dtype)
-    pieces: dict[int, list[list[int]]] = {}
-    for line, start, length in zip(index.line.tolist(), index.start.tolist(), index.length.tolist(), strict=True):
-        pieces.setdefault(line, []).append(reader.read(start, length).tolist())
-    assert {line: [*chain(*p)] for line, p in pieces.items()} == dict(kept)
+    pieces: dict[tuple[int, int], list[list[int]]] = {}
+    columns = (getattr(index, name).tolist() for name in ("file", "line", "start", "length"))
+    for file, line, start, length in zip(*columns, strict=True):
+        pieces.setdefault((file, line), []).append(reader.read(start, length).tolist())
+    assert {line: [*chain(*p)] for line, p in pieces.items()} == kept
     assert all(len(p) <= limits[1] for line in pieces.values() for p in line)
-    for part in folder.iterdir():
-        part.unlink()
-    folder.rmdir()
     return Counter(kept=len(kept), bad=len(bad), **filtered)

@@ -1,0 +1,67 @@
+"""What the fault and soak benchmarks rest on: their lists, their arithmetic, what they see of processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import fault_kinds
+import faults
+import soak
+from fault_trials import Outcome
+from process_tree import tree, usage
+
+
+def test_every_kind_of_fault_has_its_function():
+    assert list(fault_kinds.FAULTS) == list(faults.KINDS)
+    assert set(faults.KINDS) >= faults.NEED_MOUNTS
+    assert 60 % len(faults.KINDS) == 0  # as many trials of each
+
+
+def test_the_table_counts_lost_steps_and_wrong_resumes():
+    outcomes = [
+        Outcome(0, "kill_9", 1, done=7, saved=4, resumed=4),
+        Outcome(1, "kill_9", 1, done=8, saved=8, resumed=8, wrong="2 of 9 tensors differ"),
+        Outcome(2, "sigterm", 1, done=5, saved=5, resumed=5, may_lose=0),
+    ]
+    rows = faults.summary(outcomes)
+    counts = {"trials": 2, "steps_lost": 3, "steps_lost_most": 3, "steps_lost_allowed": 4, "wrong": 1}
+    assert rows[0] == {"fault": "kill_9", **counts}
+    assert faults.table(rows).splitlines()[2:] == [
+        "| kill 9 | 2 | 3 | 4 | 1 |",
+        "| sigterm | 1 | 0 | 0 | 0 |",
+        "| all | 3 | 3 | | 1 |",
+    ]
+
+
+def test_a_soak_that_slows_down_and_grows_is_told():
+    def sample(second: int) -> dict[str, float]:
+        step = 2 * second if second < 50 else 100 + (second - 50)
+        return {"seconds": second, "step": step, "cpu_seconds": second / 2, "resident_mib": 90 + second, "threads": 3}
+
+    found = soak.summary([sample(second) for second in range(100)])
+    assert found["steps_per_second"] == {"first": 2.0, "last": 1.0, "ratio": 0.5}
+    assert found["steps_per_cpu_second"]["ratio"] == 0.5
+    assert found["resident_mib"]["growth"] == 60
+    assert found["resident_mib"]["per_hour"] == 3600
+    assert found["threads"]["growth"] == 0
+
+
+def test_the_process_tree_is_seen():
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(99)'])"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while len(tree(process.pid)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = usage(process.pid)
+        assert found.processes == 2
+        assert found.threads == 2
+        assert 8 < found.resident_mib < 200
+        assert found.open_files >= 6
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
