@@ -58,7 +58,7 @@ class Study:
         default_factory=lambda: {
             "speech": Pretraining("slam_stage1", 1200, ("model.objectives.masked_text=null",)),
             "stage1": Pretraining("slam_stage1", 1200),
-            "stage2": Pretraining("slam_stage2", 600, after="stage1"),
+            "stage2": Pretraining("prompts_stage2", 800, after="stage1"),
         }
     )
     tasks: Mapping[str, Task] = field(
