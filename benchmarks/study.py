@@ -74,11 +74,12 @@ class Plan:
     def nemo(self, name: str) -> Path:
         return self.folder / name / f"{name}.nemo"
 
-    def test(self, task: str) -> Path:
-        return self.folder / "manifests" / f"{task}_test.json"
+    def manifest(self, task: str, split: str) -> Path:
+        """``test`` or ``dev`` utterances of a task, or the ``few`` that are labelled."""
+        return self.folder / "manifests" / f"{task}_{split}.json"
 
-    def run_name(self, task: str, labels: str, arm: str, seed: int) -> str:
-        return f"{task}_{labels}_{arm}_{seed}"
+    def run_name(self, task: str, labels: str, arm: str, seed: int, choice: str) -> str:
+        return f"{task}_{labels}_{arm}_{seed}_{choice}"
 
     def chain(self, arm: str) -> list[str]:
         """The pre-trainings behind an arm, first to last."""
@@ -108,39 +109,82 @@ class Plan:
         for task, arms in self.arms.items():
             for arm in arms:
                 nemo, out = self.nemo("random" if arm == BASELINE else arm), self.rank_before(task, arm)
-                arguments = (str(nemo), str(self.test(task)), "--probes", "--out", str(out))
+                arguments = (str(nemo), str(self.manifest(task, "test")), "--probes", "--out", str(out))
                 steps.append(Step(f"{arm}: probes before {task}", "evaluate.py", arguments, out))
         return steps
 
     def rank_before(self, task: str, arm: str) -> Path:
         return self.folder / "probes" / f"{task}_{arm}.json"
 
-    def finetuning(self, name: str, arm: str, labels: str, seed: int) -> list[Step]:
-        """Fine-tune, transcribe the test utterances, probe the encoder."""
-        task, run = self.tasks[name], self.run_name(name, labels, arm, seed)
-        keys = [*self.common, f"trainer.max_steps={task.steps}", f"seed={seed}", *task.keys]
+    def training(self, name: str, arm: str, labels: str, seed: int, choice: str) -> Step:
+        """Fine-tune."""
+        task, run = self.tasks[name], self.run_name(name, labels, arm, seed, choice)
+        keys = [*self.common, f"trainer.max_steps={task.steps}", f"seed={seed}", *task.keys, *task.choices[choice]]
         if labels == "few":
-            keys.append(f"data.train_ds.manifest_filepath={self.folder}/manifests/{name}_few.json")
+            keys.append(f"data.train_ds.manifest_filepath={self.manifest(name, 'few')}")
         if arm != BASELINE:
             keys.append(f"init_from={self.nemo(arm)}")
-        nemo, test = str(self.nemo(run)), str(self.test(name))
-        out, probes = self.folder / run / "test.jsonl", self.folder / run / "probes.json"
-        train = ("--config-name", task.config, f"name={run}", *keys)
+        return Step(run, "speech_finetune.py", ("--config-name", task.config, f"name={run}", *keys), self.nemo(run))
+
+    def transcription(self, name: str, run: str, split: str) -> Step:
+        out = self.folder / run / f"{split}.jsonl"
+        arguments = (str(self.nemo(run)), str(self.manifest(name, split)), "--out", str(out))
+        return Step(f"{run}: {split}", "transcribe.py", arguments, out)
+
+    def trials(self, name: str, arm: str, labels: str) -> dict[str, tuple[Step, Step]]:
+        """By choice: a run with the first seed and its transcripts of the dev utterances."""
+        found = {}
+        for choice in self.tasks[name].choices:
+            step = self.training(name, arm, labels, self.seeds[0], choice)
+            found[choice] = (step, self.transcription(name, step.name, "dev"))
+        return found
+
+    def trial_scores(self, name: str, arm: str, labels: str) -> dict[str, float]:
+        """By choice: the first metric on the dev utterances. Needs the trials' transcripts."""
+        from nemo_slam.evaluation.comparison import pooled
+
+        task = self.tasks[name]
+        files = {choice: steps[1].output for choice, steps in self.trials(name, arm, labels).items()}
+        return {choice: pooled([file], task.metrics[0], task.reference)[0].total() for choice, file in files.items()}
+
+    def choice(self, name: str, arm: str, labels: str) -> str:
+        """The settings that an arm keeps."""
+        from nemo_slam.evaluation.text_metrics import LOWER_IS_BETTER
+
+        task = self.tasks[name]
+        if len(task.choices) == 1:
+            return next(iter(task.choices))
+        scores = self.trial_scores(name, arm, labels)
+        return (min if task.metrics[0] in LOWER_IS_BETTER else max)(scores, key=scores.__getitem__)
+
+    def runs(self, name: str, arm: str, labels: str) -> list[str]:
+        """What an arm is judged by: a run a seed, with the settings that it keeps."""
+        choice = self.choice(name, arm, labels)
+        return [self.run_name(name, labels, arm, seed, choice) for seed in self.seeds]
+
+    def finetuning(self, name: str, arm: str, labels: str, seed: int) -> list[Step]:
+        """Fine-tune, transcribe the test utterances, probe the encoder."""
+        train = self.training(name, arm, labels, seed, self.choice(name, arm, labels))
+        nemo, test, probes = str(train.output), str(self.manifest(name, "test")), train.output.parent / "probes.json"
         return [
-            Step(run, "speech_finetune.py", train, Path(nemo)),
-            Step(f"{run}: test", "transcribe.py", (nemo, test, "--out", str(out)), out),
-            Step(f"{run}: probes", "evaluate.py", (nemo, test, "--probes", "--out", str(probes)), probes),
+            train,
+            self.transcription(name, train.name, "test"),
+            Step(f"{train.name}: probes", "evaluate.py", (nemo, test, "--probes", "--out", str(probes)), probes),
         ]
 
-    def steps(self) -> list[Step]:
-        """In an order in which each finds what it needs; a part of it is a fair part, since seeds come outermost."""
-        found = [*self.pretraining(), *self.starts()]
-        for seed in self.seeds:
-            for name, task in self.tasks.items():
-                for labels in task.labels:
-                    for arm in self.arms[name]:
-                        found += self.finetuning(name, arm, labels, seed)
-        return found
+    def cells(self) -> list[tuple[str, str, str]]:
+        """Task, arm, labels."""
+        return [(n, arm, labels) for n, task in self.tasks.items() for labels in task.labels for arm in self.arms[n]]
+
+    def preparation(self) -> list[Step]:
+        """Pre-training, and the trials where there is something to choose."""
+        cells = [cell for cell in self.cells() if len(self.tasks[cell[0]].choices) > 1]
+        trials = [step for cell in cells for pair in self.trials(*cell).values() for step in pair]
+        return [*self.pretraining(), *self.starts(), *trials]
+
+    def comparison(self) -> list[Step]:
+        """In an order whose every part is a fair one, since seeds come outermost. Needs the trials' transcripts."""
+        return [step for seed in self.seeds for cell in self.cells() for step in self.finetuning(*cell, seed)]
 
 
 # ---- running them --------------------------------------------------------------------------------
@@ -185,7 +229,7 @@ def run(step: Step, folder: Path) -> None:
 
 
 def write_manifests(plan: Plan, data_root: Path) -> None:
-    """The test utterances of each task, and the few training ones: those whose hash is smallest."""
+    """The test and dev utterances of each task, and the few training ones: those whose hash is smallest."""
     source = data_root / "manifests"
 
     def rows(name: str, reference: str) -> list[dict[str, Any]]:
@@ -199,11 +243,13 @@ def write_manifests(plan: Plan, data_root: Path) -> None:
 
     for name, task in plan.tasks.items():
         tests = [row for language in task.languages for row in rows(f"{language}_test", task.reference)]
-        write(plan.test(name), [row for row in tests if row["duration"] <= plan.study.longest_test])
+        write(plan.manifest(name, "test"), [row for row in tests if row["duration"] <= plan.study.longest_test])
+        dev = [row for language in task.languages for row in rows(f"{language}_dev", task.reference)]
+        write(plan.manifest(name, "dev"), dev)
         if "few" in task.labels:
             train = rows(f"{task.languages[0]}_train", task.reference)
             train.sort(key=lambda row: hashlib.sha256(row["prompt_id"].encode()).hexdigest())
-            write(plan.folder / "manifests" / f"{name}_few.json", train[: plan.study.few])
+            write(plan.manifest(name, "few"), train[: plan.study.few])
 
 
 def main() -> None:
@@ -211,17 +257,19 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     options.folder = options.folder.resolve()
     plan = Plan(options)
-    steps = plan.steps()
     if options.dry_run:
-        print("\n".join(step.shown for step in steps))
+        print("\n".join(step.shown for step in plan.preparation()))
+        print(f"and every arm's fine-tuning with the settings that it keeps, seeds {' '.join(map(str, plan.seeds))}")
         return
     corpus = Step("corpus", "prepare_data.py", ("prompts", "--root", str(options.data_root)), options.data_root)
     if not (options.data_root / "corpus.json").is_file():
         run(corpus, options.folder)
     write_manifests(plan, options.data_root)
-    for number, step in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {step.name}", flush=True)
-        run(step, options.folder)
+    for title, part in (("preparation", plan.preparation), ("comparison", plan.comparison)):
+        steps = part()
+        for number, step in enumerate(steps, 1):
+            print(f"[{title} {number}/{len(steps)}] {step.name}", flush=True)
+            run(step, options.folder)
 
     from study_results import results, write  # beside this file
 

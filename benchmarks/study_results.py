@@ -52,13 +52,15 @@ def table(plan: Plan, name: str, labels: str, notes: Mapping[str, float]) -> dic
     from nemo_slam.evaluation.transcription import restore
 
     task = plan.tasks[name]
-    runs = {arm: [plan.run_name(name, labels, arm, seed) for seed in plan.seeds] for arm in plan.arms[name]}
+    runs = {arm: plan.runs(name, arm, labels) for arm in plan.arms[name]}
     files = {arm: [plan.folder / run / "test.jsonl" for run in own] for arm, own in runs.items()}
     rows = compare_arms(files, task.metrics, task.reference, BASELINE)
     for arm, own in runs.items():
         ranks = [_rank(plan.folder / run / "probes.json") for run in own]
         rows[arm]["rank_before"] = _rank(plan.rank_before(name, arm))
         rows[arm]["rank_after"] = sum(ranks) / len(ranks)
+        rows[arm]["choice"] = plan.choice(name, arm, labels)
+        rows[arm]["trials"] = plan.trial_scores(name, arm, labels) if len(task.choices) > 1 else {}
         rows[arm]["minutes"] = sum(notes[run] for run in own) / len(own) / 60
     first = plan.nemo(runs[plan.arms[name][0]][0])
     train = config_of(first)["data"]["train_ds"]
@@ -108,7 +110,7 @@ def seconds_of(plan: Plan) -> dict[str, float]:
     """What each command took, over all attempts."""
     from study import note_file
 
-    files = {step.name: note_file(step, plan.folder) for step in plan.steps()}
+    files = {step.name: note_file(step, plan.folder) for step in (*plan.preparation(), *plan.comparison())}
     return {name: json.loads(file.read_text())["seconds"] for name, file in files.items()}
 
 

@@ -32,6 +32,8 @@ class Task:
         languages: of the test utterances.
         marks: figures of others to compare with: name, then score by metric, ``steps``, ``parameters``,
             ``utterances``.
+        choices: name -> further keys. Every arm tries each with the first seed and keeps the best on the dev
+            utterances, by the first metric: the same effort for all.
     """
 
     title: str
@@ -44,6 +46,7 @@ class Task:
     languages: tuple[str, ...]
     keys: tuple[str, ...] = ()
     marks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"usual": ()})
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Study:
     tasks: Mapping[str, Task] = field(
         default_factory=lambda: {
             "asr": Task(
-                *("Spanish recognition (CTC)", "asr_ctc", 600, ("speech", "stage1", "stage2"), ("all", "few")),
+                *("Spanish recognition (CTC)", "asr_ctc", 600, ("speech", "stage1", "stage2"), ("all",)),
                 *("text", ("cer", "wer"), ("es",)),
                 marks={
                     "stock NeMo from scratch": {
@@ -82,6 +85,16 @@ class Study:
                         "utterances": 43,
                     },
                 },
+            ),
+            "short": Task(
+                *("Spanish recognition (CTC) in a third of the steps", "asr_ctc", 200, ("speech", "stage1", "stage2")),
+                *(("all",), "text", ("cer", "wer"), ("es",)),
+            ),
+            "few": Task(
+                *("Spanish recognition (CTC)", "asr_ctc", 300, ("speech", "stage1", "stage2"), ("few",)),
+                *("text", ("cer", "wer"), ("es",)),
+                keys=("model.spec_augment.freq_width=27", "model.spec_augment.time_masks=10"),
+                choices={"trained": (), "frozen": ("freeze_encoder_steps=300",)},
             ),
             "st": Task(
                 *("Spanish and French speech to English text", "st", 600, ("stage2",), ("all",)),

@@ -24,7 +24,8 @@ def page(study: Mapping[str, Any]) -> str:
         f"{study['longest_test']:g} s) too. These figures compare ways to start; they do not say how well anything "
         "recognises or translates speech.",
         "",
-        f"Fine-tuning has the same settings and steps for all arms, and {len(seeds)} seed(s) "
+        "Fine-tuning has the same steps for all arms, and each arm chooses among the same settings where a table names "
+        f"some, on the dev utterances with the first seed. {len(seeds)} seed(s) "
         f"({', '.join(map(str, seeds))}). **Each arm was pre-trained once**, and its fine-tuning seeds share that "
         "encoder: nothing here says how far another pre-training would have come. Intervals: 95%, by "
         f"{RESAMPLES} bootstrap resamples of the utterances, each drawn with all its seeds; differences are paired.",
@@ -79,6 +80,7 @@ def _table(table: Mapping[str, Any]) -> list[str]:
         f"{table['parameters'] / 1e6:.2f} M parameters, {table['steps']} steps of {table['seconds_per_step']:g} s of "
         f"speech; {number} test utterances. {better}.",
     ]
+    lines += _trials(table)
     for name, mark in table["marks"].items():
         scores = ", ".join(f"{_name(m)} {mark[m]:g}" for m in metrics)
         lines += [
@@ -87,6 +89,16 @@ def _table(table: Mapping[str, Any]) -> list[str]:
             f"{mark['utterances']:g} test utterances); {_beside(table, mark)}.",
         ]
     return lines
+
+
+def _trials(table: Mapping[str, Any]) -> list[str]:
+    """What each arm tried, and kept."""
+    tried = {arm: row["trials"] for arm, row in table["arms"].items() if row["trials"]}
+    if not tried:
+        return []
+    scores = {arm: ", ".join(f"{name} {score:.1f}" for name, score in found.items()) for arm, found in tried.items()}
+    said = "; ".join(f"{arm}: {found}, kept {table['arms'][arm]['choice']}" for arm, found in scores.items())
+    return ["", f"Settings tried, {_name(table['metrics'][0])} of the dev utterances: {said}."]
 
 
 def _beside(table: Mapping[str, Any], mark: Mapping[str, float]) -> str:

@@ -23,14 +23,25 @@ def study(monkeypatch):
     return study
 
 
+class KeepsTheLast:
+    """Where trials have not been run: every arm keeps the last of its choices."""
+
+    def choice(self, name, arm, labels):
+        return list(self.tasks[name].choices)[-1]
+
+
 def plan(study, *arguments):
-    return study.Plan(study.parse_arguments(list(arguments)))
+    return type("Plan", (KeepsTheLast, study.Plan), {})(study.parse_arguments(list(arguments)))
+
+
+def all_steps(the_plan):
+    return [*the_plan.preparation(), *the_plan.comparison()]
 
 
 def test_the_plan_has_every_arm_with_equal_steps(study):
-    steps = plan(study, "--folder", "/s").steps()
-    runs = [step for step in steps if step.script == "speech_finetune.py" and step.name != "random"]
-    tasks = study.STUDY.tasks
+    the_plan, tasks = plan(study, "--folder", "/s"), study.STUDY.tasks
+    steps = all_steps(the_plan)
+    runs = [step for step in the_plan.comparison() if step.script == "speech_finetune.py"]
     per_seed = sum(len(task.labels) * (1 + len(task.arms)) for task in tasks.values())
     assert len(runs) == per_seed * len(study.STUDY.seeds) > 0
     for name in tasks:
@@ -38,7 +49,7 @@ def test_the_plan_has_every_arm_with_equal_steps(study):
         # Apart from where they start, two arms get the same command.
         keys = {}
         for step in own:
-            _, labels, _, seed = step.name.split("_")
+            _, labels, _, seed, _ = step.name.split("_")
             given = tuple(a for a in step.arguments if not a.startswith(("init_from", "name=")))
             keys.setdefault((labels, seed), set()).add(given)
         assert all(len(found) == 1 for found in keys.values())
@@ -56,26 +67,27 @@ def test_the_plan_has_every_arm_with_equal_steps(study):
 def test_the_arms_are_those_that_the_question_names(study):
     speech, stage1, stage2 = (study.STUDY.arms[name] for name in ("speech", "stage1", "stage2"))
     assert "model.objectives.masked_text=null" in speech.keys
-    assert (stage1.config, stage2.config, stage2.after) == ("slam_stage1", "slam_stage2", "stage1")
+    assert (stage1.config, stage2.config, stage2.after) == ("slam_stage1", "prompts_stage2", "stage1")
     quick = study.STUDY.quick()
     assert {arm.steps for arm in quick.arms.values()} | {task.steps for task in quick.tasks.values()} == {2}
     assert quick.arms["stage2"].after == "stage1"
 
 
 def test_a_part_makes_only_what_it_needs(study):
-    steps = plan(study, "--arms", "stage2", "--tasks", "st", "--seeds", "5").steps()
+    steps = all_steps(plan(study, "--arms", "stage2", "--tasks", "st", "--seeds", "5"))
     assert [s.name for s in steps if s.script.startswith("speech_")] == [
-        *("pretrain stage1", "pretrain stage2", "st_all_stage2_5")
+        *("pretrain stage1", "pretrain stage2", "st_all_stage2_5_usual")
     ]
 
 
 def test_an_arms_ranks_are_of_the_same_speech_before_and_after(study):
     """As those of the fine-tuned model: the test utterances of the task."""
-    there = {step.name: step.arguments[1] for step in plan(study).steps() if "--probes" in step.arguments}
+    there = {step.name: step.arguments[1] for step in all_steps(plan(study)) if "--probes" in step.arguments}
     for name, task in study.STUDY.tasks.items():
         for arm in ("scratch", *task.arms):
             before = there[f"{arm}: probes before {name}"]
-            assert before == there[f"{name}_all_{arm}_0: probes"]
+            kept = list(task.choices)[-1]
+            assert before == there[f"{name}_{task.labels[0]}_{arm}_0_{kept}: probes"]
             assert before.endswith(f"{name}_test.json")
 
 
@@ -83,7 +95,7 @@ def test_every_override_is_a_key_of_its_config(study):
     from hydra import compose, initialize_config_dir
 
     conf = Path(__file__).parents[2] / "conf"
-    for step in plan(study, "--seeds", "0").steps():
+    for step in all_steps(plan(study, "--seeds", "0")):
         if step.script.startswith("speech_"):
             folder = conf / "finetuning" if "finetune" in step.script else conf
             flag, name, *overrides = step.arguments
@@ -143,7 +155,7 @@ def test_time_is_noted_while_a_command_runs(study, tmp_path, monkeypatch):
 def write_data(root):
     (root / "manifests").mkdir(parents=True)
     (root / "corpus.json").write_text(json.dumps({"speakers": "one a language"}))
-    for name, number in (("es_train", 60), ("es_test", 6), ("fr_test", 3)):
+    for name, number in (("es_train", 60), ("es_dev", 4), ("fr_dev", 4), ("es_test", 6), ("fr_test", 3)):
         rows = [
             {"audio_filepath": f"../a/{i}.wav", "duration": 4.0 * (i % 3 + 1), "text": "x", "lang": name[:2],
              "prompt_id": str(i), **({"translation": "y"} if i % 2 else {})}
@@ -158,7 +170,8 @@ def test_manifests_hold_short_test_utterances_and_few_labels(study, tmp_path):
     read = {p.stem: [json.loads(x) for x in p.read_text().splitlines()] for p in (tmp_path / "s/manifests").iterdir()}
     assert [row["prompt_id"] for row in read["asr_test"]] == ["0", "1", "3", "4"]
     assert [(row["lang"], row["prompt_id"]) for row in read["st_test"]] == [("es", "1"), ("es", "3"), ("fr", "1")]
-    assert len({row["prompt_id"] for row in read["asr_few"]}) == study.STUDY.few
+    assert len({row["prompt_id"] for row in read["few_few"]}) == study.STUDY.few
+    assert [row["prompt_id"] for row in read["asr_dev"]] == ["0", "1", "2", "3"]
     assert read["asr_test"][0]["audio_filepath"] == str(tmp_path / "data" / "a" / "0.wav")
 
 
@@ -193,32 +206,44 @@ def test_differences_are_paired_and_pool_the_seeds(tmp_path):
     assert verdict("wer", Interval(**table["noise"]["wer"]["difference"])) == "not clear of zero"
 
 
+ARMS = ("scratch", "speech", "stage1", "stage2")
 FINISHED = {
-    "asr": {"scratch": (5, 4), "speech": (4, 3), "stage1": (5, 4), "stage2": (7, 6)},
+    **{key: {"scratch": (5, 4), "speech": (4, 3), "stage1": (5, 4), "stage2": (7, 6)} for key in ("asr", "short")},
+    "few": {"scratch": (5, 4), "speech": (5, 4), "stage1": (5, 4), "stage2": (2, 1)},
     "st": {"scratch": (5, 5), "stage2": (3, 2)},
 }
 """Wrong words of ten, by task, arm and seed."""
 
 
+DEV = {"trained": {"scratch": 4, "speech": 4, "stage1": 7, "stage2": 5}, "frozen": dict.fromkeys(ARMS, 6)}
+"""Wrong words of ten on the dev utterances, by choice and arm."""
+
+
 def finish(the_plan, data_root):
     """What all runs of a study would leave; the arms' utterances differ by a constant, so intervals are points."""
-    for step in the_plan.steps():
-        step.output.parent.mkdir(parents=True, exist_ok=True)
-        file = the_plan.folder / "state" / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
-        file.parent.mkdir(exist_ok=True)
-        seconds = {"speech_pretrain.py": 600.0, "speech_finetune.py": 60.0}.get(step.script, 0.0)
-        file.write_text(json.dumps({"seconds": seconds}))
-        train = {"manifest_filepath": f"{data_root}/manifests/es_train.json", "frames_per_step": 3000}
-        if step.script == "speech_pretrain.py":
-            train = {"speech": train, "text": {"text_filepath": ["text/train.txt"]}, "pairs": None}
-        if step.script.startswith("speech_"):
-            (step.output.parent / "config.yaml").write_text(json.dumps({"data": {"train_ds": train}}))
-        elif "--probes" in step.arguments:
-            step.output.write_text(json.dumps({"effective_rank": 37.0 if "before" in step.name else 12.0}))
-        else:
-            task, _, arm, seed = step.name.partition(":")[0].split("_")
-            number = FINISHED[task][arm][int(seed)]
-            transcripts(step.output, [number] * 9, {"asr": "text", "st": "translation"}[task])
+    for part in (the_plan.preparation, the_plan.comparison):
+        for step in part():
+            leave(step, the_plan.folder, data_root)
+
+
+def leave(step, folder, data_root):
+    step.output.parent.mkdir(parents=True, exist_ok=True)
+    file = folder / "state" / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
+    file.parent.mkdir(exist_ok=True)
+    seconds = {"speech_pretrain.py": 600.0, "speech_finetune.py": 60.0}.get(step.script, 0.0)
+    file.write_text(json.dumps({"seconds": seconds}))
+    train = {"manifest_filepath": f"{data_root}/manifests/es_train.json", "frames_per_step": 3000}
+    if step.script == "speech_pretrain.py":
+        train = {"speech": train, "text": {"text_filepath": ["text/train.txt"]}, "pairs": None}
+    if step.script.startswith("speech_"):
+        (step.output.parent / "config.yaml").write_text(json.dumps({"data": {"train_ds": train}}))
+    elif "--probes" in step.arguments:
+        step.output.write_text(json.dumps({"effective_rank": 37.0 if "before" in step.name else 12.0}))
+    else:
+        run, _, split = step.name.partition(": ")
+        task, _, arm, seed, choice = run.split("_")
+        number = DEV[choice][arm] if split == "dev" else FINISHED[task][arm][int(seed)]
+        transcripts(step.output, [number] * 9, "translation" if task == "st" else "text")
 
 
 def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
@@ -230,7 +255,7 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
 
     monkeypatch.setattr(transcription, "restore", lambda path: nn.Linear(1000, 1000, bias=False))
     write_data(tmp_path / "data")
-    the_plan = plan(study, "--folder", str(tmp_path / "s"), "--seeds", "0", "1")
+    the_plan = study.Plan(study.parse_arguments(["--folder", str(tmp_path / "s"), "--seeds", "0", "1"]))
     tasks = {name: replace(task, metrics=("wer",), steps=77) for name, task in the_plan.tasks.items()}
     tasks = {n: replace(t, marks={m: {**v, "wer": 40} for m, v in t.marks.items()}) for n, t in tasks.items()}
     the_plan.tasks, the_plan.study = tasks, replace(the_plan.study, tasks=tasks)
@@ -254,10 +279,18 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
     assert "stock NeMo from scratch, WER 40 (4.13 M parameters, 600 steps, 43 test utterances)" in text
     assert "WER minus that: scratch +5.0, speech -5.0, stage1 +5.0, stage2 +25.0." in text
     steps = {name: arm.steps for name, arm in study.STUDY.arms.items()}
-    assert f"| stage2 | stage1 {steps['stage1']}, then stage2 {steps['stage2']} | 20.0 | 1.0 | 1.0 | 1.0 |" in text
-    assert "| scratch | none | 0.0 | 1.0 | 1.0 | 1.0 |" in text
+    assert (
+        f"| stage2 | stage1 {steps['stage1']}, then stage2 {steps['stage2']} | 20.0 | 1.0 | 1.0 | 1.0 | 1.0 |" in text
+    )
+    assert "| scratch | none | 0.0 | 1.0 | 1.0 | 1.0 | 1.0 |" in text
     assert "Pre-training read es_train.json, train.txt." in text
-    hours = (3 * 600 + 60 * (1 + 2 * (2 * 4 + 2))) / 3600
+    assert (
+        "Settings tried, WER of the dev utterances: scratch: trained 40.0, frozen 60.0, kept trained; speech: trained "
+        "40.0, frozen 60.0, kept trained; stage1: trained 70.0, frozen 60.0, kept frozen; stage2: trained 50.0, frozen "
+        "60.0, kept trained.\n"
+    ) in text
+    # Two seeds of three tasks with four arms and one with two; the second of the choices, with the first seed.
+    hours = (3 * 600 + 60 * (1 + 2 * (3 * 4 + 2) + 4)) / 3600
     assert f"{hours:.2f} hours in all" in text
 
     # Of the page nothing stays the same when the numbers turn round.
