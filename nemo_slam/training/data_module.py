@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
+from nemo.utils import logging
 from torch.utils.data import DataLoader
 
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.data.loader import StepDataset, ValidationDataset, step_loader, validation_loader
 from nemo_slam.data.stream import Stream
+
+T = TypeVar("T")
+SLOW = 60.0
+"""Seconds without a batch that are worth a warning."""
 
 
 class WithoutLength:
@@ -20,7 +28,42 @@ class WithoutLength:
         self.loader = loader
 
     def __iter__(self) -> Iterator[StepBatch]:
-        return iter(self.loader)
+        return told_when_slow(self.loader)
+
+
+def told_when_slow(loader: Iterable[T], seconds: float = SLOW) -> Iterator[T]:
+    """The loader's batches. A warning says that one has not come for so long, and again each time that it is as long.
+
+    A wait has no end of its own: storage that hangs may come back. But a run that stands still must say why.
+    """
+    batches = iter(loader)  # before the thread: workers are forked here
+    since: list[float | None] = [None]
+    ended = threading.Event()
+
+    def watch() -> None:
+        begun, said = since[0], 0
+        while not ended.wait(seconds / 4):
+            if since[0] != begun:
+                begun, said = since[0], 0
+            if begun is not None and (waited := time.monotonic() - begun) >= (said + 1) * seconds:
+                said += 1
+                logging.warning(
+                    f"no batch for {waited:.0f} s: the loader is slow or hangs. See where with py-spy dump --pid of a "
+                    "worker; storage that hangs? data.num_workers=0 loads the same batches in this process"
+                )
+
+    threading.Thread(target=watch, daemon=True, name="slow loader").start()
+    try:
+        while True:
+            since[0] = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            since[0] = None
+            yield batch
+    finally:
+        ended.set()
 
 
 class SLAMDataModule(LightningDataModule):

@@ -45,7 +45,7 @@ def test_a_stream_set_to_null_is_left_out():
             "train_ds.text: unknown key 'frames_per_step'; did you mean 'tokens_per_step'?",
         ),
         ({"speech": {"manifest_filepath": "a"}}, "train_ds.speech lacks the key 'frames_per_step'"),
-        ({"speech": {**SPEECH, "frames_per_step": 0}}, "a whole number of at least 1, got 0"),
+        ({"speech": {**SPEECH, "frames_per_step": 0}}, "a whole number from 1 to 2^31 - 1, got 0"),
         ({"speech": {**SPEECH, "frames_per_step": 1.5}}, "speech.frames_per_step must be a whole number, got 1.5"),
         ({"speech": {**SPEECH, "frames_per_step": float("inf")}}, "must be a whole number, got inf"),
         ({"speech": {**SPEECH, "frames_per_step": True}}, "must be a whole number, got True"),
