@@ -28,8 +28,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
     parser.add_argument("--stage1-steps", type=int, default=700, help="default: %(default)s")
-    parser.add_argument("--stage2-steps", type=int, default=300, help="default: %(default)s")
-    parser.add_argument("--finetune-steps", type=int, default=1200, help="of recognition; default: %(default)s")
+    parser.add_argument("--stage2-steps", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--finetune-steps", type=int, default=600, help="of recognition; default: %(default)s")
     parser.add_argument("--translation-steps", type=int, default=500, help="default: %(default)s")
     return parser.parse_args()
 
@@ -91,7 +91,7 @@ def main() -> None:
     started = time.perf_counter()
     folder = options.exp_dir
     common = ["model=tiny", f"exp_manager.exp_dir={folder}", f"data.root={options.data_root}"]
-    names = ("slam_stage1", "slam_stage2", "asr_ctc", "st")
+    names = ("slam_stage1", "prompts_stage2", "asr_ctc", "st")
     stage1, stage2, recogniser, translator = (folder / name / f"{name}.nemo" for name in names)
     manifests = options.data_root / "manifests"
 
@@ -105,9 +105,8 @@ def main() -> None:
         run_and_kill("speech_pretrain.py", checkpoints, *arguments)
     run("speech_pretrain.py", *arguments)
 
-    say("3. Stage 2: adds translation language modelling and speech-text matching on transcribed speech")
-    weights = [f"model.objectives.{name}.weight=0.3" for name in ("translation_lm", "matching")]
-    arguments = ["--config-name", "slam_stage2", *common, *weights, *steps(options.stage2_steps)]
+    say("3. Stage 2: adds translation language modelling, matching and CTC on transcribed English and French speech")
+    arguments = ["--config-name", "prompts_stage2", *common, *steps(options.stage2_steps)]
     run("speech_pretrain.py", *arguments, f"init_from={stage1}")
 
     say("4. Spanish speech recognition: a stock NeMo CTC model around the pre-trained encoder")
