@@ -3,11 +3,12 @@
     python benchmarks/study.py                                  # everything: hours on two cores
     python benchmarks/study.py --arms scratch stage2 --seeds 0  # a part; more later, the rest is kept
     python benchmarks/study.py --quick --folder /tmp/study      # two steps a run: whether it works, not what is true
+    python benchmarks/study.py --study configurations           # other ways to pre-train, that were tried, one seed
 
 Every run is a command of this project with its own run folder; calling again goes on where it stopped. Pre-training
-sees training splits only, and all arms get the same fine-tuning steps with the same settings. The whole study writes
-benchmarks/results/study.json and docs/results.md, a part of it or --quick writes to --folder. What it consists of,
-steps, arms and settings, stands in study_settings.py.
+sees training splits only. All arms get the same fine-tuning steps and choose among the same settings, on dev
+utterances. A whole study writes benchmarks/results/NAME.json and docs/NAME.md, a part of it or --quick writes to
+--folder. What it consists of, steps, arms and settings, stands in study_settings.py.
 """
 
 from __future__ import annotations
@@ -16,53 +17,41 @@ import argparse
 import hashlib
 import json
 import os
-import shlex
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study_settings import BASELINE, STUDY  # beside this file
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ROOT / "scripts"
-# ---- the commands --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command. ``output`` is there when it is done; ``arguments`` follow the script's name."""
-
-    name: str
-    script: str
-    arguments: tuple[str, ...]
-    output: Path
-
-    @property
-    def shown(self) -> str:
-        return shlex.join(["python", f"scripts/{self.script}", *self.arguments])
+from steps import ROOT, Step, run  # these two beside this file
+from study_settings import BASELINE, STUDIES, STUDY
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arms, tasks, seeds = [BASELINE, *STUDY.arms], list(STUDY.tasks), list(STUDY.seeds)
+    parser.add_argument("--study", choices=list(STUDIES), default=STUDY.name, help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="run folders; default: %(default)s")
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
-    parser.add_argument("--arms", nargs="+", choices=arms, default=arms, help="default: all")
-    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help=f"of fine-tuning; default: {seeds}")
+    parser.add_argument("--tasks", nargs="+", help="default: all")
+    parser.add_argument("--arms", nargs="+", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of fine-tuning; default: the study's")
     parser.add_argument("--quick", action="store_true", help="two steps a run")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    study = STUDIES[options.study]
+    known = {"arms": [BASELINE, *study.arms], "tasks": list(study.tasks), "seeds": list(study.seeds)}
+    for name, values in known.items():
+        asked = getattr(options, name)
+        if name != "seeds" and (unknown := set(asked or ()) - set(values)):
+            parser.error(f"--{name}: {', '.join(sorted(unknown))}: expected some of {', '.join(values)}")
+        setattr(options, name, asked or values)
+    return options
 
 
 class Plan:
     """All commands of what the options name."""
 
     def __init__(self, options: argparse.Namespace):
-        self.study = STUDY.quick() if options.quick else STUDY
+        study = STUDIES[options.study]
+        self.study = study.quick() if options.quick else study
         self.folder: Path = options.folder
         self.tasks = {name: task for name, task in self.study.tasks.items() if name in options.tasks}
         self.arms = {
@@ -187,47 +176,6 @@ class Plan:
         return [step for seed in self.seeds for cell in self.cells() for step in self.finetuning(*cell, seed)]
 
 
-# ---- running them --------------------------------------------------------------------------------
-
-NOTE_EVERY = 20.0
-"""Seconds: as much of a command's time is lost when the study is killed."""
-
-
-def note_file(step: Step, folder: Path) -> Path:
-    return folder / "state" / f"{step.name.replace(': ', '-').replace(' ', '-')}.json"
-
-
-def run(step: Step, folder: Path) -> None:
-    """Run a command unless it is done, and note what it takes, over all attempts.
-
-    Exits where the command fails, or its output is there but came of another command.
-    """
-    file = note_file(step, folder)
-    note: dict[str, Any] = {"command": step.shown, "seconds": 0.0, "done": False}
-    if file.is_file():
-        note = json.loads(file.read_text())
-    if note["command"] != step.shown:
-        sys.exit(f"study: {step.name} was begun with other settings:\n  {note['command']}\nGive another --folder")
-    if note["done"] and step.output.is_file():
-        return
-    print(f"\n$ {step.shown}", flush=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    before, started, status = note["seconds"], time.perf_counter(), None
-    with subprocess.Popen([sys.executable, str(SCRIPTS / step.script), *step.arguments]) as process:
-        while status is None:
-            try:
-                status = process.wait(NOTE_EVERY)
-            except subprocess.TimeoutExpired:
-                status = None
-            note["seconds"] = before + time.perf_counter() - started
-            note["done"] = status == 0 and step.output.is_file()
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(note, indent=1) + "\n")
-            os.replace(part, file)  # a kill leaves the old note or the new one
-    if not note["done"]:
-        sys.exit(f"study: {step.name} ended with status {status}; the same command again goes on from here")
-
-
 def write_manifests(plan: Plan, data_root: Path) -> None:
     """The test and dev utterances of each task, and the few training ones: those whose hash is smallest."""
     source = data_root / "manifests"
@@ -273,8 +221,9 @@ def main() -> None:
 
     from study_results import results, write  # beside this file
 
-    whole = not options.quick and options.arms == [BASELINE, *STUDY.arms] and options.tasks == list(STUDY.tasks)
-    whole = whole and set(options.seeds) >= set(STUDY.seeds)
+    everything = parse_arguments(["--study", options.study])
+    whole = not options.quick and (options.arms, options.tasks) == (everything.arms, everything.tasks)
+    whole = whole and set(options.seeds) >= set(everything.seeds)
     places = (ROOT / "benchmarks" / "results", ROOT / "docs") if whole else (options.folder, options.folder)
     write(results(plan, options.data_root), *places)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from steps import seconds
 from study_settings import BASELINE
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
     ]
     pretrained = {arm: config_of(plan.nemo(arm)) for arms in plan.arms.values() for arm in arms if arm != BASELINE}
     return {
+        "title": plan.study.title,
+        "name": plan.study.name,
         "corpus": json.loads((data_root / "corpus.json").read_text())["speakers"],
         "longest_test": plan.study.longest_test,
         "settings": asdict(plan.study),
@@ -108,19 +111,16 @@ def training_files(node: Any) -> list[str]:
 
 def seconds_of(plan: Plan) -> dict[str, float]:
     """What each command took, over all attempts."""
-    from study import note_file
-
-    files = {step.name: note_file(step, plan.folder) for step in (*plan.preparation(), *plan.comparison())}
-    return {name: json.loads(file.read_text())["seconds"] for name, file in files.items()}
+    return seconds([*plan.preparation(), *plan.comparison()], plan.folder)
 
 
 def write(found: Mapping[str, Any], numbers: Path, text: Path) -> None:
-    """``study.json`` and ``results.md`` in these folders."""
+    """The study's numbers and its page in these folders, under its name."""
     from nemo_slam.evaluation.results_page import page
 
     for folder, name, content in (
-        (numbers, "study.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
-        (text, "results.md", page(found)),
+        (numbers, f"{found['name']}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
+        (text, f"{found['name']}.md", page(found)),
     ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")

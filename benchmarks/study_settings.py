@@ -51,8 +51,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that the results depend on."""
+    """Everything that the results depend on.
 
+    Attributes:
+        title, name: of its page, docs/<name>.md, and its numbers, benchmarks/results/<name>.json.
+    """
+
+    title: str = "Results: does pre-training help?"
+    name: str = "results"
     common: tuple[str, ...] = ("model=tiny",)
     seeds: tuple[int, ...] = (0, 1, 2)  # of fine-tuning; an arm is pre-trained once
     few: int = 40  # labelled utterances
@@ -110,3 +116,37 @@ class Study:
 
 
 STUDY = Study()
+
+_CTC_ALONE = tuple(
+    f"model.objectives.{name}=null" for name in ("masked_speech", "masked_text", "translation_lm", "matching")
+)
+_OTHERS = {
+    "more_steps": Pretraining("slam_stage1", 2400),
+    "low_rate": Pretraining("slam_stage1", 1200, ("model.optim.lr=5.0e-4",)),
+    "little_masking": Pretraining(
+        "slam_stage1", 1200, ("model.objectives.masked_speech.masking.start_probability=0.03",)
+    ),
+    "frozen_codes": Pretraining(
+        *("slam_stage1", 1200),
+        (
+            *("model.quantizer=null", "model.random_projection={num_codes: 64, code_dim: 16}"),
+            *("model.speech_loss.contrastive_weight=0", "model.speech_loss.diversity_weight=0"),
+        ),
+    ),
+    "paper_stage2": Pretraining("slam_stage2", 600, after="stage1"),
+    "one_stage": Pretraining("prompts_stage2", 800),
+    "ctc_alone": Pretraining("prompts_stage2", 800, _CTC_ALONE),
+    "all_pairs": Pretraining(
+        *("prompts_stage2", 800, ("data.train_ds.pairs.manifest_filepath=${data.root}/manifests/speech_train.json",)),
+        after="stage1",
+    ),
+}
+CONFIGURATIONS = Study(
+    title="Other ways to pre-train, that were tried",
+    name="configurations",
+    seeds=STUDY.seeds[:1],
+    arms={"stage1": STUDY.arms["stage1"], **_OTHERS},
+    tasks={name: replace(STUDY.tasks[name], arms=tuple(_OTHERS)) for name in ("asr", "few")},
+)
+
+STUDIES = {study.name: study for study in (STUDY, CONFIGURATIONS)}

@@ -1,4 +1,4 @@
-"""The page that a study's numbers become: docs/results.md. Every statement follows from them."""
+"""The page that a study's numbers become, such as docs/results.md. Every statement follows from them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from nemo_slam.evaluation.text_metrics import LOWER_IS_BETTER, Interval
 
 
 def page(study: Mapping[str, Any]) -> str:
-    """``docs/results.md`` of ``benchmarks/study.py``'s results."""
+    """The page of ``benchmarks/study.py``'s results."""
     tables = study["tables"]
     seeds = study["seeds"]
     lines = [
-        "# Results: does pre-training help?",
+        f"# {study['title']}",
         "",
-        "Made by `make study` (`benchmarks/study.py`); the numbers are in `study.json`.",
+        f"Made by `python benchmarks/study.py --study {study['name']}`; the numbers are in "
+        f"`benchmarks/results/{study['name']}.json`.",
         "",
         *(line for table in tables for line in _summary(table)),
         "",

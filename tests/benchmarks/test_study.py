@@ -73,6 +73,15 @@ def test_the_arms_are_those_that_the_question_names(study):
     assert quick.arms["stage2"].after == "stage1"
 
 
+def test_a_study_has_its_own_arms(study, capsys):
+    tried = plan(study, "--study", "configurations")
+    assert len(tried.arms["asr"]) > 6
+    assert "pretrain stage1" in [step.name for step in tried.preparation()]  # what paper_stage2 starts from
+    with pytest.raises(SystemExit):
+        plan(study, "--arms", "one_stage")
+    assert "--arms: one_stage: expected some of scratch, speech, stage1, stage2" in capsys.readouterr().err
+
+
 def test_a_part_makes_only_what_it_needs(study):
     steps = all_steps(plan(study, "--arms", "stage2", "--tasks", "st", "--seeds", "5"))
     assert [s.name for s in steps if s.script.startswith("speech_")] == [
@@ -91,65 +100,18 @@ def test_an_arms_ranks_are_of_the_same_speech_before_and_after(study):
             assert before.endswith(f"{name}_test.json")
 
 
-def test_every_override_is_a_key_of_its_config(study):
+@pytest.mark.parametrize("name", ["results", "configurations"])
+def test_every_override_is_a_key_of_its_config(study, name):
     from hydra import compose, initialize_config_dir
 
     conf = Path(__file__).parents[2] / "conf"
-    for step in all_steps(plan(study, "--seeds", "0")):
+    for step in all_steps(plan(study, "--study", name, "--seeds", "0")):
         if step.script.startswith("speech_"):
             folder = conf / "finetuning" if "finetune" in step.script else conf
-            flag, name, *overrides = step.arguments
+            flag, config, *overrides = step.arguments
             assert flag == "--config-name"
             with initialize_config_dir(str(folder), version_base="1.3"):
-                compose(name, overrides=overrides)
-
-
-def note(step, study, folder):
-    return json.loads(study.note_file(step, folder).read_text())
-
-
-def test_a_stopped_study_goes_on_and_refuses_other_settings(study, tmp_path, monkeypatch):
-    """Commands that count their calls; the second fails the first time."""
-    monkeypatch.setattr(study, "SCRIPTS", tmp_path)
-    (tmp_path / "x.py").write_text(
-        "import pathlib, sys\n"
-        "here = pathlib.Path(__file__).parent\n"
-        "calls = here / 'calls'\n"
-        "calls.write_text((calls.read_text() if calls.exists() else '') + sys.argv[1] + ' ')\n"
-        "if calls.read_text() != 'one two ':\n"
-        "    (here / sys.argv[1]).write_text('x')\n"
-    )
-    first, second = (study.Step(n, "x.py", (n,), tmp_path / n) for n in ("one", "two"))
-    study.run(first, tmp_path)
-    with pytest.raises(SystemExit, match="two ended with status 0; the same command again"):
-        study.run(second, tmp_path)
-    failed = note(second, study, tmp_path)
-    assert not failed["done"]
-    study.run(first, tmp_path)
-    study.run(second, tmp_path)
-    assert (tmp_path / "calls").read_text() == "one two two "
-    assert note(second, study, tmp_path)["done"]
-    assert note(second, study, tmp_path)["seconds"] > failed["seconds"] > 0
-    with pytest.raises(SystemExit, match="begun with other settings"):
-        study.run(study.Step("one", "x.py", ("other",), tmp_path / "one"), tmp_path)
-
-
-def test_time_is_noted_while_a_command_runs(study, tmp_path, monkeypatch):
-    """So that little of it is lost when the study is killed: the command reads its own note."""
-    monkeypatch.setattr(study, "SCRIPTS", tmp_path)
-    monkeypatch.setattr(study, "NOTE_EVERY", 0.02)
-    step = study.Step("one", "x.py", (), tmp_path / "seen.json")
-    (tmp_path / "x.py").write_text(
-        "import pathlib, time\n"
-        f"note = pathlib.Path({str(study.note_file(step, tmp_path))!r})\n"
-        "while not note.exists() or '\"seconds\": 0.0,' in note.read_text():\n"
-        "    time.sleep(0.02)\n"
-        f"pathlib.Path({str(step.output)!r}).write_text(note.read_text())\n"
-    )
-    study.run(step, tmp_path)
-    seen = json.loads(step.output.read_text())
-    assert not seen["done"]
-    assert 0 < seen["seconds"] < note(step, study, tmp_path)["seconds"]
+                compose(config, overrides=overrides)
 
 
 def write_data(root):
@@ -262,7 +224,7 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
     finish(the_plan, tmp_path / "data")
     found = study_results.results(the_plan, tmp_path / "data")
     study_results.write(found, tmp_path / "out", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "study.json").read_text())["settings"] == json.loads(
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["settings"] == json.loads(
         json.dumps(asdict(the_plan.study))
     )
     text = (tmp_path / "out" / "results.md").read_text()
