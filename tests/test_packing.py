@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_slam.packing import MAX_BLOCK_PADDING, Segments, SequenceLayout, gather_rows, pack, ranges
+from nemo_slam.packing import MAX_BLOCK_PADDING, Segments, SequenceLayout, gather_rows, pack, ranges, row_multiple
 
 LENGTHS = st.lists(st.integers(0, 30), max_size=12)
 
@@ -47,6 +47,12 @@ def test_blocks_hold_every_row_once_with_little_padding(lengths):
     places = torch.cat([block.index for block in layout.blocks]) if layout.blocks else torch.zeros(0, dtype=torch.int64)
     assert places[layout.inverse[: layout.num_valid]].tolist() == list(range(layout.num_valid))
     assert (layout.inverse[layout.num_valid :] == len(places)).all()
+
+
+def test_rows_are_rounded_up_on_a_gpu_alone():
+    assert row_multiple(128, torch.device("cuda")) == 128
+    layout = SequenceLayout.build(np.array([5, 8]), multiple=row_multiple(128, torch.device("cpu")))
+    assert layout.lengths.tolist() == [5, 8, 0]
 
 
 @st.composite

@@ -36,7 +36,7 @@ from nemo_slam.modules.speech_encoder import subsampled_lengths
 from nemo_slam.objectives.base import Metric, ObjectiveOutput, count
 from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.translation_lm import TranslationLM
-from nemo_slam.packing import PackedSequences, Segments, SequenceLayout, gather_rows, pack, ranges
+from nemo_slam.packing import PackedSequences, Segments, SequenceLayout, gather_rows, pack, ranges, row_multiple
 from slam_kernels import sample_spans
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class EncodedPairs:
         self.lengths = subsampled_lengths(frames)
         self.starts = np.cumsum(self.lengths) - self.lengths
         segments = {"speech": Segments(self.starts[:, None], self.lengths[:, None])}
-        packed = pack(segments, len(rows), rows.device, model.settings.pad_multiple)
+        packed = pack(segments, len(rows), rows.device, row_multiple(model.settings.pad_multiple, rows.device))
         _, projected = model.speech_encoder(gather_rows(rows, packed.gather), packed.layout)
         embedded = model.multimodal_encoder.embed_speech(projected, packed.layout.positions)
         order = torch.as_tensor(packed.rows_of("speech", 0)).to(rows.device)
@@ -87,7 +87,7 @@ class EncodedPairs:
         starts = [none, 1 + self.starts[chosen], 1 + len(self.rows) + np.cumsum(lengths) - lengths]
         sizes = [none + cls, self.lengths[chosen] * present, lengths]
         segments = {"probe": Segments(np.stack(starts, axis=1), np.stack(sizes, axis=1))}
-        packed = pack(segments, len(source), device, model.settings.pad_multiple)
+        packed = pack(segments, len(source), device, row_multiple(model.settings.pad_multiple, device))
         return model.multimodal_encoder(gather_rows(source, packed.gather), packed.layout), packed
 
     def scores(self, speech: Sequence[int], tokens: Tensor, lengths: np.ndarray) -> Tensor:

@@ -17,13 +17,13 @@ from nemo_slam.config import parse
 from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder, MultimodalEncoderConfig
 from nemo_slam.modules.text_encoder import TextEncoder, TextEncoderConfig
-from nemo_slam.packing import Segments, gather_rows, pack
+from nemo_slam.packing import Segments, gather_rows, pack, row_multiple
 
 
 @dataclass(frozen=True)
 class TextEncoderSettings:
     """Attributes:
-    pad_multiple: packed rows are rounded up to a multiple of this.
+    pad_multiple: packed rows are rounded up to a multiple of this, but on a CPU.
     cls: put the CLS row first, which pre-training puts before pairs.
     texts: texts in a sequence, 1 or 2; a learned separator stands between two.
     """
@@ -101,7 +101,7 @@ class SLAMTextEncoder(NeuralModule):
             parts += [(one, one), (begin + sizes[:, 0], sizes[:, 1])]
         starts, widths = zip(*parts, strict=True)
         segments = Segments(np.stack(starts, axis=1), np.stack(widths, axis=1))
-        packed = pack({"text": segments}, len(source), device, self.settings.pad_multiple)
+        packed = pack({"text": segments}, len(source), device, row_multiple(self.settings.pad_multiple, device))
         hidden = self.multimodal_encoder(gather_rows(source, packed.gather), packed.layout)
 
         ends = segments.lengths.sum(axis=1)

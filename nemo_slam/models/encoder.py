@@ -16,7 +16,7 @@ from nemo_slam.config import parse
 from nemo_slam.models.settings import EncoderSettings
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
-from nemo_slam.packing import Segments, gather_rows, pack
+from nemo_slam.packing import Segments, gather_rows, pack, row_multiple
 
 
 class SLAMEncoder(NeuralModule):
@@ -68,7 +68,7 @@ class SLAMEncoder(NeuralModule):
         lengths = subsampled_lengths(frames)
         starts = np.cumsum(lengths) - lengths
         segments = {"speech": Segments(starts[:, None], lengths[:, None])}
-        packed = pack(segments, len(rows), rows.device, self.pad_multiple)
+        packed = pack(segments, len(rows), rows.device, row_multiple(self.pad_multiple, rows.device))
         _, projected = self.speech_encoder(gather_rows(rows, packed.gather), packed.layout)
         hidden = self.multimodal_encoder.embed_speech(projected, packed.layout.positions)
         hidden = self.multimodal_encoder(hidden, packed.layout)

@@ -34,6 +34,7 @@ from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.metrics import MetricAccumulator
 from nemo_slam.objectives.spelling import spell
 from nemo_slam.objectives.translation_lm import TranslationLM
+from nemo_slam.packing import row_multiple
 from nemo_slam.randomness import Randomness
 from slam_kernels import backend as kernel_backend
 
@@ -262,7 +263,9 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             batch,
             list(self.objectives.values()),
             self.randomness,
-            StepSettings(self.kernels, self.settings.pad_multiple, self.settings.max_positions),
+            StepSettings(
+                self.kernels, row_multiple(self.settings.pad_multiple, features.device), self.settings.max_positions
+            ),
             self.settings.mask_vector.std if self.mask_vector is None else self.mask_vector,
             self._trainer.global_step if self._trainer is not None else 0,
             noisy,

@@ -123,7 +123,7 @@ class ModelSettings(EncoderSettings):
     """Everything of the ``model`` node that shapes the network and its losses.
 
     Attributes:
-        pad_multiple: packed rows are rounded up to a multiple of this.
+        pad_multiple: packed rows are rounded up to a multiple of this, but on a CPU.
         quantizer: the trained one of w2v-BERT, or null.
         random_projection: the frozen one of BEST-RQ in its place, or null.
         augmentation: noise on masked speech's input, or null.

@@ -38,7 +38,7 @@ def check_run(
 
     Args:
         encoder: holds the Conformer layers.
-        pad_multiple: packed rows are rounded up to a multiple of this.
+        pad_multiple: packed rows are rounded up to a multiple of this, but on a CPU.
         optimizer: ``model.optim.name``.
         precision: ``trainer.precision``.
         device: what the run trains on.

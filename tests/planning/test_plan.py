@@ -96,7 +96,8 @@ CASES = [
 @pytest.mark.parametrize(("config", "size", "lengths"), CASES)
 def test_operations_and_memory_of_a_real_step(build, make_batch, tmp_path, config, size, lengths):
     """Within a tenth; docs/scaling.md says how far exactly."""
-    overrides = [f"model={size}", "model.conformer.kernels=torch"]
+    # Rows are rounded up on a GPU alone.
+    overrides = [f"model={size}", "model.conformer.kernels=torch", "model.pad_multiple=1"]
     if config == "slam_stage2":
         overrides.append("model.objectives.ctc={weight: 1.0, input: speech}")
     model, node = build(config, *overrides)
