@@ -1,4 +1,4 @@
-"""Experiments as commands of this project: each is run once, resumes where it stopped, and leaves a note of its time."""
+"""Experiments as commands of this project: each is run once, resumes, and leaves a note of its time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands of an experiment: a stopped one goes on, other settings are refused, time is noted, scripts may be wrapped."""
+"""Commands of an experiment: a stopped one goes on, other settings are refused, time is noted, a wrapper runs it."""
 
 import json
 
