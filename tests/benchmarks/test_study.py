@@ -65,9 +65,10 @@ def test_the_plan_has_every_arm_with_equal_steps(study):
 
 
 def test_the_arms_are_those_that_the_question_names(study):
-    speech, stage1, stage2 = (study.STUDY.arms[name] for name in ("speech", "stage1", "stage2"))
+    speech, stage1, stage2, one_stage = study.STUDY.arms.values()
     assert "model.objectives.masked_text=null" in speech.keys
     assert (stage1.config, stage2.config, stage2.after) == ("slam_stage1", "prompts_stage2", "stage1")
+    assert one_stage == replace(stage2, after=None)
     quick = study.STUDY.quick()
     assert {arm.steps for arm in quick.arms.values()} | {task.steps for task in quick.tasks.values()} == {2}
     assert quick.arms["stage2"].after == "stage1"
@@ -78,8 +79,8 @@ def test_a_study_has_its_own_arms(study, capsys):
     assert len(tried.arms["asr"]) > 6
     assert "pretrain stage1" in [step.name for step in tried.preparation()]  # what paper_stage2 starts from
     with pytest.raises(SystemExit):
-        plan(study, "--arms", "one_stage")
-    assert "--arms: one_stage: expected some of scratch, speech, stage1, stage2" in capsys.readouterr().err
+        plan(study, "--arms", "low_rate")
+    assert "--arms: low_rate: expected some of scratch, speech, stage1, stage2, one-stage" in capsys.readouterr().err
 
 
 def test_a_part_makes_only_what_it_needs(study):
@@ -168,16 +169,22 @@ def test_differences_are_paired_and_pool_the_seeds(tmp_path):
     assert verdict("wer", Interval(**table["noise"]["wer"]["difference"])) == "not clear of zero"
 
 
-ARMS = ("scratch", "speech", "stage1", "stage2")
+ARMS = ("scratch", "speech", "stage1", "stage2", "one-stage")
 FINISHED = {
-    **{key: {"scratch": (5, 4), "speech": (4, 3), "stage1": (5, 4), "stage2": (7, 6)} for key in ("asr", "short")},
-    "few": {"scratch": (5, 4), "speech": (5, 4), "stage1": (5, 4), "stage2": (2, 1)},
-    "st": {"scratch": (5, 5), "stage2": (3, 2)},
+    **{
+        key: {"scratch": (5, 4), "speech": (4, 3), "stage1": (5, 4), "stage2": (7, 6), "one-stage": (5, 4)}
+        for key in ("asr", "short")
+    },
+    "few": {"scratch": (5, 4), "speech": (5, 4), "stage1": (5, 4), "stage2": (2, 1), "one-stage": (5, 4)},
+    "st": {"scratch": (5, 5), "stage2": (3, 2), "one-stage": (5, 5)},
 }
 """Wrong words of ten, by task, arm and seed."""
 
 
-DEV = {"trained": {"scratch": 4, "speech": 4, "stage1": 7, "stage2": 5}, "frozen": dict.fromkeys(ARMS, 6)}
+DEV = {
+    "trained": {"scratch": 4, "speech": 4, "stage1": 7, "stage2": 5, "one-stage": 7},
+    "frozen": dict.fromkeys(ARMS, 6),
+}
 """Wrong words of ten on the dev utterances, by choice and arm."""
 
 
@@ -230,16 +237,19 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
     text = (tmp_path / "out" / "results.md").read_text()
     assert (
         "* Spanish recognition (CTC), all labels (60 utterances), WER minus scratch: better: speech (-10.0); worse: "
-        "stage2 (+20.0); not clear of zero: stage1 (+0.0).\n"
+        "stage2 (+20.0); not clear of zero: stage1 (+0.0), one-stage (+0.0).\n"
     ) in text
     assert "translation" not in text.split("## ")[0].partition("English text")[0]
-    assert "English text, all labels (30 utterances), WER minus scratch: better: stage2 (-25.0)." in text
+    assert (
+        "English text, all labels (30 utterances), WER minus scratch: better: stage2 (-25.0); not clear of zero: "
+        "one-stage (+0.0)." in text
+    )
     assert "**Speakers: one a language.**" in text
     assert "2 seed(s) (0, 1). **Each arm was pre-trained once**" in text
     assert "| speech | 35.00 [35.00, 35.00] | 40.0, 30.0 | -10.00 [-10.00, -10.00], better | 37.0 | 12.0 |" in text
     assert "1.00 M parameters, 77 steps of 30 s of speech; 9 test utterances. WER: lower is better." in text
     assert "stock NeMo from scratch, WER 40 (4.13 M parameters, 600 steps, 43 test utterances)" in text
-    assert "WER minus that: scratch +5.0, speech -5.0, stage1 +5.0, stage2 +25.0." in text
+    assert "WER minus that: scratch +5.0, speech -5.0, stage1 +5.0, stage2 +25.0, one-stage +5.0." in text
     steps = {name: arm.steps for name, arm in study.STUDY.arms.items()}
     assert (
         f"| stage2 | stage1 {steps['stage1']}, then stage2 {steps['stage2']} | 20.0 | 1.0 | 1.0 | 1.0 | 1.0 |" in text
@@ -249,10 +259,10 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
     assert (
         "Settings tried, WER of the dev utterances: scratch: trained 40.0, frozen 60.0, kept trained; speech: trained "
         "40.0, frozen 60.0, kept trained; stage1: trained 70.0, frozen 60.0, kept frozen; stage2: trained 50.0, frozen "
-        "60.0, kept trained.\n"
+        "60.0, kept trained; one-stage: trained 70.0, frozen 60.0, kept frozen.\n"
     ) in text
-    # Two seeds of three tasks with four arms and one with two; the second of the choices, with the first seed.
-    hours = (3 * 600 + 60 * (1 + 2 * (3 * 4 + 2) + 4)) / 3600
+    # Two seeds of three tasks with five arms and one with three; the second of the choices, with the first seed.
+    hours = (4 * 600 + 60 * (1 + 2 * (3 * 5 + 3) + 5)) / 3600
     assert f"{hours:.2f} hours in all" in text
 
     # Of the page nothing stays the same when the numbers turn round.
