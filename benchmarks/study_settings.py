@@ -70,7 +70,7 @@ class Study:
             "speech": Pretraining("slam_stage1", 1200, ("model.objectives.masked_text=null",)),
             "stage1": Pretraining("slam_stage1", 1200),
             "stage2": Pretraining("prompts_stage2", 800, after="stage1"),
-            "one-stage": Pretraining("prompts_stage2", 800),
+            "one-stage": Pretraining("prompts_stage2", 800, ("model.quantizer.steps_before=0",)),
         }
     )
     tasks: Mapping[str, Task] = field(

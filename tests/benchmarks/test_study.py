@@ -68,7 +68,7 @@ def test_the_arms_are_those_that_the_question_names(study):
     speech, stage1, stage2, one_stage = study.STUDY.arms.values()
     assert "model.objectives.masked_text=null" in speech.keys
     assert (stage1.config, stage2.config, stage2.after) == ("slam_stage1", "prompts_stage2", "stage1")
-    assert one_stage == replace(stage2, after=None)
+    assert one_stage == replace(stage2, after=None, keys=("model.quantizer.steps_before=0",))
     quick = study.STUDY.quick()
     assert {arm.steps for arm in quick.arms.values()} | {task.steps for task in quick.tasks.values()} == {2}
     assert quick.arms["stage2"].after == "stage1"
