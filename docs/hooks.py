@@ -16,7 +16,10 @@ NAVIGATION = {
     "Start": ["installation.md", "quickstart.md", "concepts.md", "architecture.md"],
     "Use": ["data.md", "pretraining.md", "finetuning.md", "export.md", "scaling.md", "recipes/"],
     "Look up": ["configuration.md", "api.md", "kernels.md"],
-    "When in doubt": ["learning.md", "debugging.md", "results.md", "model_card.md", "contributing.md", "changelog.md"],
+    "When in doubt": [
+        *("learning.md", "debugging.md", "faults.md", "results.md"),
+        *("model_card.md", "contributing.md", "changelog.md"),
+    ],
 }
 TITLES = {"index.md": "Home", "readme.md": "README", "kernels.md": "Kernels", "data.md": "Data"}
 ELSEWHERE = {"readme.md": "README.md", "kernels.md": "kernels/README.md", "changelog.md": "CHANGELOG.md"}
