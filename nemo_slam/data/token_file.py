@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class TokenWriter:
         self.dtype = dtype
         self.size = 0
 
-    def append(self, tokens: list[int]) -> int:
+    def append(self, tokens: Sequence[int] | np.ndarray) -> int:
         """Writes a sequence; returns where it starts, in tokens."""
         start = self.size
         self._file.write(np.array(tokens, self.dtype).tobytes())
