@@ -37,7 +37,7 @@ RUN := $(if $(READY_PYTHON),$(READY_PYTHON),$(VENV)/bin/python)
 INSTALL := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(CONSTRAINTS)
 STAMP := $(VENV)/.nemo_slam
 
-.PHONY: help setup data pretrain demo oracle learning study report docs test cluster-test image-test lint format gpu-check clean distclean faults fuzz soak
+.PHONY: help setup data pretrain demo oracle learning study ablations report docs test cluster-test image-test lint format gpu-check clean distclean faults fuzz soak
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -104,6 +104,9 @@ learning: setup data  ## does it learn speech and text? three seeds of stage 1 o
 
 study: setup data  ## does pre-training help? several arms and seeds, hours on two cores; again: go on
 	@$(RUN) benchmarks/study.py $(ARGS)
+
+ablations: setup data  ## what does each part of pre-training do? eleven variants, three seeds; again: go on
+	@OMP_NUM_THREADS=1 $(RUN) benchmarks/ablations.py $(ARGS)
 
 report: setup  ## report.html of a run (RUNS="DIR ..." for others): health, curves, examples
 	@$(RUN) scripts/report.py $(RUNS)

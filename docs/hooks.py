@@ -17,7 +17,7 @@ NAVIGATION = {
     "Use": ["data.md", "pretraining.md", "finetuning.md", "export.md", "scaling.md", "recipes/"],
     "Look up": ["configuration.md", "api.md", "kernels.md"],
     "When in doubt": [
-        *("learning.md", "debugging.md", "faults.md", "results.md"),
+        *("learning.md", "debugging.md", "faults.md", "results.md", "ablations.md"),
         *("model_card.md", "contributing.md", "changelog.md"),
     ],
 }

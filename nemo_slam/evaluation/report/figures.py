@@ -61,12 +61,17 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
         yield figure
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as an SVG in a data URI."""
+def svg(figure: Figure) -> bytes:
+    """The figure as an SVG, the same bytes each time."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "nemo_slam"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as an SVG in a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg(figure)).decode()
 
 
 def colour(place: int) -> str:

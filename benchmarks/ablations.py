@@ -1,0 +1,125 @@
+"""What does each part of pre-training do? One thing changed at a time, on human speech, three seeds each.
+
+    python benchmarks/ablations.py                                       # everything: hours on one core
+    python benchmarks/ablations.py --variants base no_ctc --seeds 0      # a part; more later, the rest is kept
+    python benchmarks/ablations.py --quick --folder /tmp/ablations       # two steps a run: whether it works
+
+Each variant is pre-trained from scratch in one stage; a linear layer then learns to recognise Spanish on its frozen
+encoder from 40 utterances. Every run is a command of this project with its own run folder; calling again goes on where
+it stopped. The whole writes benchmarks/results/ablations.json, docs/ablations.md and its pictures in docs/images, a
+part of it or --quick writes to --folder. The settings stand in ablations_settings.py. Several calls at once may share a
+folder if they have different seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import study  # these two beside this file
+from ablations_settings import ABLATIONS, UNTRAINED
+from steps import ROOT, Step, run
+
+TASK = "few"
+"""The study's task whose utterances are used."""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arms, seeds = [*ABLATIONS.variants, UNTRAINED], list(ABLATIONS.seeds)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablations"), help="run folders; default: %(default)s")
+    parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
+    parser.add_argument("--variants", nargs="+", choices=arms, default=arms, help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=seeds, help=f"default: {seeds}")
+    parser.add_argument("--quick", action="store_true", help="two steps a run")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    return parser.parse_args(arguments)
+
+
+class Plan:
+    """All commands of what the options name."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.settings = ABLATIONS.quick() if options.quick else ABLATIONS
+        self.folder: Path = options.folder
+        self.arms = [arm for arm in (*self.settings.variants, UNTRAINED) if arm in options.variants]
+        self.seeds: list[int] = options.seeds
+        places = ["--folder", str(options.folder), "--data-root", str(options.data_root)]
+        self.study = study.Plan(study.parse_arguments([*places, "--tasks", TASK, "--arms", study.BASELINE]))
+        self.common = (f"data.root={options.data_root}", f"exp_manager.exp_dir={self.folder}")
+
+    def nemo(self, kind: str, arm: str, seed: int) -> Path:
+        """``kind``: pretrain or probe."""
+        name = f"{kind}_{arm}_{seed}"
+        return self.folder / name / f"{name}.nemo"
+
+    def output(self, kind: str, arm: str, seed: int, file: str) -> Path:
+        return self.nemo(kind, arm, seed).parent / file
+
+    def wrapper(self, arm: str) -> tuple[str, ...]:
+        norm = None if arm == UNTRAINED else self.settings.variants[arm].norm
+        return () if norm is None else ("benchmarks/with_norm.py", norm)
+
+    def pretraining(self, arm: str, seed: int) -> Step:
+        settings, nemo = self.settings, self.nemo("pretrain", arm, seed)
+        steps = (f"trainer.max_steps={settings.steps}", f"trainer.val_check_interval={settings.steps}")
+        own = (*self.common, *settings.keys, *settings.variants[arm].keys, *steps, f"seed={seed}")
+        arguments = ("--config-name", settings.config, f"name={nemo.stem}", *own)
+        return Step(nemo.stem, "speech_pretrain.py", arguments, nemo, self.wrapper(arm))
+
+    def probing(self, arm: str, seed: int) -> list[Step]:
+        """A linear layer on the frozen encoder, its transcripts, and the encoder's effective rank."""
+        settings, nemo, wrapper = self.settings, self.nemo("probe", arm, seed), self.wrapper(arm)
+        keys = [*self.common, *settings.probe_keys, f"seed={seed}"]
+        keys += [f"trainer.max_steps={settings.probe_steps}", f"freeze_encoder_steps={settings.probe_steps}"]
+        keys.append(f"data.train_ds.manifest_filepath={self.study.manifest(TASK, 'few')}")
+        if arm != UNTRAINED:
+            keys.append(f"init_from={self.nemo('pretrain', arm, seed)}")
+        train = ("--config-name", settings.probe_config, f"name={nemo.stem}", *keys)
+        given = (str(nemo), str(self.study.manifest(TASK, "test")))
+        test, rank = (self.output("probe", arm, seed, file) for file in ("test.jsonl", "rank.json"))
+        return [
+            Step(nemo.stem, "speech_finetune.py", train, nemo, wrapper),
+            Step(f"{nemo.stem}: test", "transcribe.py", (*given, "--out", str(test)), test, wrapper),
+            Step(f"{nemo.stem}: rank", "evaluate.py", (*given, "--probes", "--out", str(rank)), rank, wrapper),
+        ]
+
+    def steps(self) -> list[Step]:
+        """In an order whose every part is a fair one: seeds outermost."""
+        found = []
+        for seed in self.seeds:
+            for arm in self.arms:
+                found += [] if arm == UNTRAINED else [self.pretraining(arm, seed)]
+                found += self.probing(arm, seed)
+        return found
+
+
+def main() -> None:
+    options = parse_arguments()
+    sys.path.insert(0, str(ROOT))
+    options.folder = options.folder.resolve()
+    plan = Plan(options)
+    steps = plan.steps()
+    if options.dry_run:
+        print("\n".join(step.shown for step in steps))
+        return
+    if not (options.data_root / "corpus.json").is_file():
+        sys.exit(f"ablations: {options.data_root} is no prepared corpus: run python scripts/prepare_data.py prompts")
+    study.write_manifests(plan.study, options.data_root)
+    for number, step in enumerate(steps, 1):
+        print(f"[{number}/{len(steps)}] {step.name}", flush=True)
+        run(step, options.folder)
+
+    from ablations_results import results, write  # beside this file
+
+    whole = not options.quick and plan.arms == [*ABLATIONS.variants, UNTRAINED]
+    whole = whole and set(options.seeds) >= set(ABLATIONS.seeds)
+    folder = options.folder
+    write(
+        results(plan, options.data_root), *((ROOT / "benchmarks/results", ROOT / "docs") if whole else (folder, folder))
+    )
+
+
+if __name__ == "__main__":
+    main()
