@@ -76,7 +76,10 @@ class Ablations:
             ),
             "text_mask_0.3": Variant("masked text: 30%, not 15%", ("model.objectives.masked_text.masking.rate=0.3",)),
             "group_norm_padded": Variant("GroupNorm as NeMo has it, padding counted", norm="group_norm"),
-            "batch_norm": Variant("BatchNorm as NeMo has it, padding counted", norm="batch_norm"),
+            "batch_norm": Variant(
+                "BatchNorm as NeMo has it, padding counted; its running statistics go on after pre-training",
+                norm="batch_norm",
+            ),
         }
     )
 
