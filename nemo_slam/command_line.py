@@ -42,7 +42,7 @@ FINETUNING_KEYS: dict[str, tuple[str, ...]] = {
     ),
     "data": ("prepare", "root", "language", "pair", "on_bad_row", "num_workers", "train_ds", "validation_ds"),
     "early_stopping": ("patience", "monitor", "mode"),
-    "tokenizer": ("vocab_size", "sequence_symbols"),
+    "tokenizer": ("vocab_size", "model_type", "sequence_symbols"),
     "source_tokenizer": ("vocab_size",),
 }
 """As `RUN_KEYS`, for fine-tuning."""

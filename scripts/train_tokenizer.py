@@ -18,7 +18,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--manifests", nargs="+", type=Path, default=[], metavar="FILE", help="NeMo manifests")
     parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, symbols included")
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and vocab files")
-    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
+    parser.add_argument("--model-type", choices=("unigram", "bpe", "char"), default="unigram")
     parser.add_argument(
         "--allow-smaller", action="store_true", help="train the largest vocabulary the text carries if it is too small"
     )

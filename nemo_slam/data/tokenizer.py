@@ -9,17 +9,23 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from nemo_slam.data.corpora.files import locked, whole_file, write_text
 
 logger = logging.getLogger("nemo_slam.data")
 
-MODEL_TYPES = ("unigram", "bpe")
+MODEL_TYPES = ("unigram", "bpe", "char")
 _THREADS = 2  # fixed: sums over threads round differently with another number
 _MAX_LINE_BYTES = 1 << 20  # SentencePiece drops longer lines without a word; its default is 4192
 _NEMO_SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")  # what NeMo leaves out of vocab.txt
+
+
+_TOO_FEW = (
+    "vocabulary of {} pieces: the characters and symbols alone need {}. Ask for that many or more, or lower the "
+    "character coverage."
+)
 
 
 class TokenizerError(ValueError):
@@ -114,7 +120,7 @@ def train_on_lines(
         lines: sentences, in any order that is the same every time.
         out_dir: folder to write to.
         vocab_size: number of pieces.
-        model_type: `unigram` or `bpe`.
+        model_type: `unigram`, `bpe`, or `char`: each character alone, as many as there are.
         allow_smaller: if the text cannot carry ``vocab_size`` pieces, train the largest tokenizer it can, and say so.
         byte_fallback: spell unseen characters in 256 byte pieces instead of `<unk>`.
         character_coverage: share of the text's characters that get a piece of their own.
@@ -128,6 +134,8 @@ def train_on_lines(
     lines = list(lines)  # SentencePiece holds them all too, and would bury an error that reading them raises
     if not lines:
         raise ValueError("no text to train a tokenizer on: the files are empty")
+    if model_type == "char" and character_coverage == 1.0:
+        _check_characters(lines, vocab_size, symbols=4 if sequence_symbols else 1)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -162,6 +170,17 @@ def train_on_lines(
     return out_dir
 
 
+def _check_characters(lines: Sequence[str], vocab_size: int, symbols: int) -> None:
+    """SentencePiece would leave out the rarest characters without a word.
+
+    Raises:
+        TokenizerError: ``vocab_size`` is too small for the characters, of which the space is one.
+    """
+    needed = symbols + len({character for line in lines for character in line} | {" "})
+    if vocab_size < needed:
+        raise TokenizerError(_TOO_FEW.format(vocab_size, needed))
+
+
 def _nemo_token(piece: str) -> str:
     """A piece as NeMo's vocab.txt has it: the inner pieces of a word are marked, not its first."""
     if not piece.startswith("▁"):
@@ -177,8 +196,5 @@ def _explained(error: RuntimeError, vocab_size: int) -> Exception:
             "text, or allow a smaller vocabulary (--allow-smaller, allow_smaller=True)."
         )
     if match := re.search(r"smaller than required_chars\. (\d+) vs (\d+)", message):
-        return TokenizerError(
-            f"vocabulary of {vocab_size} pieces: the characters and symbols alone need {match[2]}. Ask for that many "
-            "or more, or lower the character coverage."
-        )
+        return TokenizerError(_TOO_FEW.format(vocab_size, match[2]))
     return error

@@ -32,7 +32,7 @@ class SpeechTask(Task):
         cfg = self.cfg
         if cfg.model.tokenizer.dir is not None:
             return check_tokenizer(cfg.model.tokenizer.dir, "model.tokenizer.dir")
-        options = {"sequence_symbols": cfg.tokenizer.sequence_symbols}
+        options = {"model_type": cfg.tokenizer.model_type, "sequence_symbols": cfg.tokenizer.sequence_symbols}
         folder = self.run_folder / "tokenizer"
         return train_once(folder, cfg.data, "text_key", read_texts, cfg.tokenizer.vocab_size, **options)
 

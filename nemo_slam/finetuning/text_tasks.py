@@ -127,7 +127,7 @@ class TranslationTask(TextTask):
             folder = check_tokenizer(cfg.model.tokenizer.dir, "model.tokenizer.dir")
         else:
             folder = self.run_folder / "tokenizer"
-            options = {"sequence_symbols": cfg.tokenizer.sequence_symbols}
+            options = {"model_type": cfg.tokenizer.model_type, "sequence_symbols": cfg.tokenizer.sequence_symbols}
             train_once(folder, cfg.data, "target_key", read_values, cfg.tokenizer.vocab_size, **options)
         node["tokenizer"] = {"model_path": str(folder / "tokenizer.model")}
         return OmegaConf.create(node)

@@ -116,6 +116,21 @@ def test_too_small_a_vocabulary_names_the_smallest_possible(tmp_path):
         train_tokenizer([text], tmp_path / "out", 5, allow_smaller=True)
 
 
+def test_characters_alone(tmp_path):
+    """All of them, however rare: SentencePiece itself drops the rarest where there is no room."""
+    text = _text(tmp_path / "text.txt")
+    with text.open("a", encoding="utf-8") as file:
+        file.write("ñ\n")
+    characters = {*"".join(WORDS), "ñ", "▁"}
+    model = _load(train_tokenizer([text], tmp_path / "out", 90, model_type="char", allow_smaller=True))
+    assert {model.id_to_piece(i) for i in range(model.get_piece_size())} == {"<unk>", *characters}
+    line = text.read_text(encoding="utf-8").splitlines()[0]
+    assert model.encode(line, out_type=str) == list("▁" + line.replace(" ", "▁"))
+    needed = len(characters) + 1
+    with pytest.raises(TokenizerError, match=rf"{needed - 1} pieces: the characters and symbols alone need {needed}\."):
+        train_tokenizer([text], tmp_path / "few", needed - 1, model_type="char", allow_smaller=True)
+
+
 def test_byte_fallback_spells_what_was_never_seen(tmp_path):
     text = _text(tmp_path / "text.txt")
     plain = _load(train_tokenizer([text], tmp_path / "plain", 60))
@@ -146,7 +161,7 @@ def test_no_text_is_an_error(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="files are empty"):
         train_tokenizer([tmp_path / "empty.txt"], tmp_path / "out", 30)
-    with pytest.raises(ValueError, match="'word': expected one of unigram, bpe"):
+    with pytest.raises(ValueError, match="'word': expected one of unigram, bpe, char"):
         train_tokenizer([_text(tmp_path / "text.txt")], tmp_path / "out", 30, model_type="word")
 
 
