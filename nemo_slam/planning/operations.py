@@ -124,7 +124,7 @@ class Tally:
         unit = rows * width * size
         forward, backward = (5, 8) if fused else (12, 19)
         gaps = sequences * (taps // 2) * width * size
-        saved = 2 * unit if fused else 6 * unit + gaps + rows * (SINGLE * groups + 16)
+        saved = 2 * unit if fused else 5 * unit + gaps + rows * (SINGLE * groups + 16)
         self.add(moved=(forward * unit, backward * unit), saved=saved)
 
     def total(self, part: str | None = None) -> Cost:
