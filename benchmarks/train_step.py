@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --model slam --fp8 gemm attention     the paper's 600M on an H100
 
 Encoders: forward, backward and optimizer on log-mel of ragged batches; ours packs them, NeMo's pads. Frames are real
-ones, of 10 ms, never padding. Three mixes: batches of any lengths, of a third of the lengths, of neighbouring lengths.
+ones, of 10 ms, never padding. Three mixes: batches of any lengths, of half of the lengths, of neighbouring lengths.
 Implementations take turns, batch by batch, and each batch counts with its median.
 
 On a CPU the clock is processor time on one thread, which other programs on the machine hardly disturb. On a GPU it is
