@@ -76,6 +76,21 @@ def summary(samples: list[dict[str, float]]) -> dict[str, Any]:
     return found
 
 
+def table(result: dict[str, Any]) -> str:
+    """As docs/faults.md has it."""
+    lines = ["| | first third | last third |", "|---|---|---|"]
+    found = result["summary"]
+    for name, title, form in (
+        ("steps_per_cpu_second", "steps for a second of processor time", ".2f"),
+        ("steps_per_second", "steps for a second of the clock", ".2f"),
+        ("resident_mib", "resident memory of all processes, MiB", ".1f"),
+        ("open_files", "open files", ".0f"),
+        ("threads", "threads", ".0f"),
+    ):
+        lines.append(f"| {title} | {found[name]['first']:{form}} | {found[name]['last']:{form}} |")
+    return "\n".join(lines)
+
+
 def soak(folder: Path, minutes: float, workers: int) -> tuple[list[dict[str, float]], int]:
     """Samples of a run of so many minutes, and the status with which SIGTERM ended it."""
     from fault_bench import config, make_corpus, start
@@ -140,14 +155,9 @@ def main() -> int:
     out = options.out or RESULTS / f"soak_{datetime.now():%Y-%m-%dT%H%M%S}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
-    rates, memory = found["steps_per_cpu_second"], found["resident_mib"]
-    print(
-        f"{samples[-1]['step']} steps; for a second of processor time {rates['first']:.2f} in the first third, "
-        f"{rates['last']:.2f} in the last (ratio {rates['ratio']:.3f}); memory {memory['first']:.0f} and "
-        f"{memory['last']:.0f} MiB; open files {found['open_files']['first']:.0f} and "
-        f"{found['open_files']['last']:.0f}; threads {found['threads']['first']:.0f} and "
-        f"{found['threads']['last']:.0f}\n{out}"
-    )
+    missed = [name for name, is_met in met.items() if not is_met]
+    print(f"{samples[-1]['step']} steps; {'missed: ' + ', '.join(missed) if missed else 'every aim met'}")
+    print(f"{table(result)}\n{out}")
     return int(not all(met.values()))
 
 

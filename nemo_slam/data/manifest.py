@@ -108,6 +108,8 @@ def scan_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
             offset += len(raw)
             if number == 1 and raw.startswith(_BOM):
                 start, raw = len(_BOM), raw[len(_BOM) :]
+                if not raw:  # nothing but the mark
+                    return
             yield number, start, raw
 
 

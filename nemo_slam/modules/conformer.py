@@ -46,6 +46,8 @@ class ConformerConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        if self.n_heads < 1 or self.d_model < 1 or self.d_model % self.n_heads:
+            raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}), both positive")
         AttentionSettings(self.attention, self.fp8, self.n_heads, self.d_model // self.n_heads, self.dropout_att)
         if self.fp8 != "none" and (self.d_model % fp8.MULTIPLE or self.d_ff % fp8.MULTIPLE):
             raise ValueError(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import fault_kinds
 import faults
 import soak
 from fault_trials import Outcome
 from process_tree import tree, usage
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_kind_of_fault_has_its_function():
@@ -65,3 +70,18 @@ def test_the_process_tree_is_seen():
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_the_page_shows_the_results_that_it_names():
+    page = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    named = {kind: re.findall(rf"benchmarks/results/{kind}_[-\w]+\.json", page) for kind in ("faults", "soak")}
+    assert [len(found) for found in named.values()] == [1, 1]
+    trials = json.loads((ROOT / named["faults"][0]).read_text())
+    assert faults.table(trials["faults"]) in page
+    assert f"seed {trials['seed']}:" in page
+    assert (
+        faults.summary([Outcome(**{k: v for k, v in o.items() if k != "lost"}) for o in trials["outcomes"]])
+        == (trials["faults"])
+    )
+    found = json.loads((ROOT / named["soak"][0]).read_text())
+    assert soak.table(found) in page
