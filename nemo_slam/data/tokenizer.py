@@ -19,6 +19,8 @@ logger = logging.getLogger("nemo_slam.data")
 MODEL_TYPES = ("unigram", "bpe", "char")
 _THREADS = 2  # fixed: sums over threads round differently with another number
 _MAX_LINE_BYTES = 1 << 20  # SentencePiece drops longer lines without a word; its default is 4192
+_SPACE = "▁"  # as SentencePiece writes it
+_NORMALISATION = "nmt_nfkc"  # SentencePiece's default
 _NEMO_SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")  # what NeMo leaves out of vocab.txt
 
 
@@ -135,7 +137,8 @@ def train_on_lines(
     if not lines:
         raise ValueError("no text to train a tokenizer on: the files are empty")
     if model_type == "char" and character_coverage == 1.0:
-        _check_characters(lines, vocab_size, symbols=4 if sequence_symbols else 1)
+        symbols = (4 if sequence_symbols else 1) + (256 if byte_fallback else 0)
+        _check_characters(lines, vocab_size, symbols)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -143,6 +146,7 @@ def train_on_lines(
             model_writer=model,
             vocab_size=vocab_size,
             model_type=model_type,
+            normalization_rule_name=_NORMALISATION,
             character_coverage=character_coverage,
             byte_fallback=byte_fallback,
             hard_vocab_limit=not allow_smaller,
@@ -171,12 +175,16 @@ def train_on_lines(
 
 
 def _check_characters(lines: Sequence[str], vocab_size: int, symbols: int) -> None:
-    """SentencePiece would leave out the rarest characters without a word.
+    """SentencePiece would leave out the rarest characters without a word. Counted are those after its normalisation,
+    which may be more than before (a ligature is two) or fewer (a letter and its accent are one).
 
     Raises:
         TokenizerError: ``vocab_size`` is too small for the characters, of which the space is one.
     """
-    needed = symbols + len({character for line in lines for character in line} | {" "})
+    import sentencepiece
+
+    normalised = sentencepiece.SentencePieceNormalizer(rule_name=_NORMALISATION).normalize(list(lines))
+    needed = symbols + len({character for line in normalised for character in line} | {_SPACE})
     if vocab_size < needed:
         raise TokenizerError(_TOO_FEW.format(vocab_size, needed))
 

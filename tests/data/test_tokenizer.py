@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemo_slam.data.corpora.files import sha256
-from nemo_slam.data.tokenizer import TokenizerError, ensure_tokenizer, read_lines, train_tokenizer
+from nemo_slam.data.tokenizer import TokenizerError, ensure_tokenizer, read_lines, train_on_lines, train_tokenizer
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -129,6 +129,23 @@ def test_characters_alone(tmp_path):
     needed = len(characters) + 1
     with pytest.raises(TokenizerError, match=rf"{needed - 1} pieces: the characters and symbols alone need {needed}\."):
         train_tokenizer([text], tmp_path / "few", needed - 1, model_type="char", allow_smaller=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "characters"),
+    [("ﬁn", "fin"), ("½", "1⁄2"), ("e\u0301te\u0301", "ét"), ("a\u200bb\tc\u00a0d", "abcd")],
+    ids=["ligature", "fraction", "accents", "spaces"],
+)
+@pytest.mark.parametrize("options", [{}, {"sequence_symbols": True}, {"byte_fallback": True}], ids=str)
+def test_characters_are_counted_as_sentencepiece_normalises_them(tmp_path, line, characters, options):
+    """None is dropped where all fit, and the smallest size that fits is not refused."""
+    wanted = {*characters, "▁"}
+    symbols = 1 + 3 * ("sequence_symbols" in options) + 256 * ("byte_fallback" in options)
+    needed = len(wanted) + symbols
+    model = _load(train_on_lines([line], tmp_path / "out", needed, model_type="char", **options))
+    assert {model.id_to_piece(i) for i in range(symbols, model.get_piece_size())} == wanted
+    with pytest.raises(TokenizerError, match=rf"the characters and symbols alone need {needed}\."):
+        train_on_lines([line], tmp_path / "few", needed - 1, model_type="char", **options)
 
 
 def test_byte_fallback_spells_what_was_never_seen(tmp_path):
