@@ -61,9 +61,11 @@ class StreamedCheckpointIO(TorchCheckpointIO):
         """Refuses a damaged file. torch does not look at the checksums in it, and would read wrong weights."""
         try:
             with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type for member in archive.infolist()):  # each decompressor has its own errors
+                    raise zipfile.BadZipFile("a part of it is said to be compressed, and torch compresses none")
                 damaged = archive.testzip()
             problem = f"{damaged} does not match its checksum" if damaged else ""
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, RuntimeError) as error:
+        except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OverflowError) as error:
             problem = f"{type(error).__name__}: {error}"  # what zipfile makes of bytes that mean something else
         if not problem:
             try:

@@ -39,6 +39,15 @@ def test_one_changed_bit_of_a_weight_is_noticed(saved):
     assert not torch.equal(torch.load(saved)["weights"], torch.arange(4096.0))
 
 
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_part_that_claims_to_be_compressed_is_named(saved, kind):
+    content = saved.read_bytes()
+    entry = content.index(b"PK\x01\x02")  # of the first member, in the archive's directory
+    saved.write_bytes(content[: entry + 10] + bytes([kind]) + content[entry + 11 :])
+    with pytest.raises(ValueError, match=r"step_000000004\.ckpt is damaged"):
+        StreamedCheckpointIO().load_checkpoint(saved)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
 def test_one_cut_short_is_named(saved, share):
     content = saved.read_bytes()
