@@ -7,7 +7,8 @@
 Each trial starts a very small run (16 steps, a checkpoint every 4) in a process of its own, hurts it at a place drawn
 from (seed, trial), starts it again as a user would, and compares the end with an undisturbed run: weights bit for bit
 and every row of metrics.csv. The seed is another one each time and is printed. A line a trial goes to --out; the table
-comes last, and with all trials as benchmarks/results/faults_<time>.json. The exit status is 1 if a promise was broken.
+comes last, and of all faults also as benchmarks/results/faults_<time>.json. The exit status is 1 if a promise was
+broken.
 """
 
 from __future__ import annotations
@@ -66,6 +67,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         )
     trials, wrong = (sum(row[key] for row in rows) for key in ("trials", "wrong"))
     return "\n".join([*lines, f"| all | {trials} | {max(r['steps_lost_most'] for r in rows)} | | {wrong} |"])
+
+
+def other_kinds(outcomes: list[Any], kinds: list[str]) -> str:
+    """Names a trial that has another fault than ``kinds`` give its number, as after another --only; or nothing."""
+    other = [outcome for outcome in outcomes if outcome.fault != kinds[outcome.trial % len(kinds)]]
+    return f"trial {other[0].trial} of {other[0].fault}, begun with another choice of faults" if other else ""
 
 
 def processor_seconds() -> float:
@@ -128,18 +135,23 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     lines = options.out.read_text().splitlines() if options.out.is_file() else []
     outcomes = [Outcome(**json.loads(line)) for line in lines]
-    seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
-    if outcomes:
-        if options.seed not in (None, outcomes[0].seed):
-            parser.error(f"{options.out} holds trials of seed {outcomes[0].seed}: name another --out, or remove it")
-        seed = outcomes[0].seed
+    seed = options.seed
+    if seed is None:
+        seed = outcomes[0].seed if outcomes else int.from_bytes(os.urandom(4), "big")
+    if options.trial is not None:  # done again, whatever --out holds of it; --out stays as it is
+        outcomes, options.out = [], options.out.with_name(f"{options.out.stem}_trial_{options.trial}.jsonl")
+        options.out.unlink(missing_ok=True)
+    elif outcomes and outcomes[0].seed != seed:
+        parser.error(f"{options.out} holds trials of seed {outcomes[0].seed}: name another --out, or remove it")
+    elif problem := other_kinds(outcomes, kinds):
+        parser.error(f"{options.out} holds {problem}: name another --out, or remove it")
     print(f"seed {seed}; --seed {seed} --trial N repeats trial N (with the same --only)", flush=True)
     numbers = [options.trial] if options.trial is not None else list(range(options.trials))
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         run_trials(Lab(Path(folder), seed), numbers, kinds, outcomes, options.out)
     rows = summary(outcomes)
     print(table(rows))
-    if options.trial is None:
+    if options.trial is None and {*options.only} == {*KINDS}:
         result = {
             "benchmark": "faults",
             **environment(),

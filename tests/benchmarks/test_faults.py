@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import fault_kinds
 import faults
+import pytest
 import soak
 from fault_trials import Outcome
 from process_tree import tree, usage
@@ -40,6 +42,36 @@ def test_the_table_counts_lost_steps_and_wrong_resumes():
         "| sigterm | 1 | 0 | 0 | 0 |",
         "| all | 3 | 3 | | 1 |",
     ]
+
+
+def test_trials_of_another_choice_of_faults_are_not_counted_on():
+    kinds = ["kill_9", "sigterm", "lost_rank"]
+    outcomes = [Outcome(0, "kill_9", 1), Outcome(4, "sigterm", 1)]
+    assert faults.other_kinds(outcomes, kinds) == ""
+    assert faults.other_kinds(outcomes, kinds[:2]).startswith("trial 4 of sigterm")
+
+
+def test_a_trial_is_repeated_beside_what_the_trials_left(tmp_path, monkeypatch, capsys):
+    """--trial runs it again, with the seed of --out; other faults in the same --out are refused."""
+    out, ran = tmp_path / "faults.jsonl", []
+    line = json.dumps(asdict(Outcome(0, "kill_9", 7))) + "\n"
+    out.write_text(line)
+
+    def run_trials(lab, numbers, kinds, outcomes, to):
+        ran.append((lab.seed, numbers, list(outcomes), to.name))
+        outcomes.append(Outcome(0, "kill_9", lab.seed))
+
+    monkeypatch.setattr(faults, "run_trials", run_trials)
+    arguments = ["faults.py", "--out", str(out), "--only", "kill_9"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--trial", "0"])
+    assert faults.main() == 0
+    assert ran == [(7, [0], [], "faults_trial_0.jsonl")]
+    assert out.read_text() == line
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], "lost_rank"])
+    with pytest.raises(SystemExit):
+        faults.main()
+    assert "trial 0 of kill_9, begun with another choice of faults: name another --out" in capsys.readouterr().err
+    assert len(ran) == 1
 
 
 def test_a_soak_that_slows_down_and_grows_is_told():
