@@ -99,7 +99,8 @@ def _trials(table: Mapping[str, Any]) -> list[str]:
         return []
     scores = {arm: ", ".join(f"{name} {score:.1f}" for name, score in found.items()) for arm, found in tried.items()}
     said = "; ".join(f"{arm}: {found}, kept {table['arms'][arm]['choice']}" for arm, found in scores.items())
-    return ["", f"Settings tried, {_name(table['metrics'][0])} of the dev utterances: {said}."]
+    again = "The first seed's run with what was kept is one of those compared."
+    return ["", f"Settings tried, {_name(table['metrics'][0])} of the dev utterances: {said}. {again}"]
 
 
 def _beside(table: Mapping[str, Any], mark: Mapping[str, float]) -> str:
