@@ -178,6 +178,8 @@ class Plan:
 
 def write_manifests(plan: Plan, data_root: Path) -> None:
     """The test and dev utterances of each task, and the few training ones: those whose hash is smallest."""
+    from nemo_slam.data.corpora.files import write_text
+
     source = data_root / "manifests"
 
     def rows(name: str, reference: str) -> list[dict[str, Any]]:
@@ -186,8 +188,10 @@ def write_manifests(plan: Plan, data_root: Path) -> None:
         return [{**row, "audio_filepath": os.path.abspath(source / row["audio_filepath"])} for row in found]
 
     def write(path: Path, chosen: list[dict[str, Any]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen), encoding="utf-8")
+        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
+        if path.is_file() and path.read_text(encoding="utf-8") == content:
+            return  # a run may be reading it
+        write_text(path, content)
 
     for name, task in plan.tasks.items():
         tests = [row for language in task.languages for row in rows(f"{language}_test", task.reference)]

@@ -45,6 +45,7 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
         },
         "tables": tables,
         "environment": environment(),
+        "commits": commits(plan),
         "seconds": notes,
     }
 
@@ -79,6 +80,12 @@ def table(plan: Plan, name: str, labels: str, notes: Mapping[str, float]) -> dic
         "marks": dict(task.marks) if labels == "all" else {},
         "arms": rows,
     }
+
+
+def commits(plan: Plan) -> list[str]:
+    """Those that the runs were made at."""
+    runs = [step.output.parent for step in (*plan.preparation(), *plan.comparison()) if step.output.suffix == ".nemo"]
+    return sorted({json.loads((run / "environment.json").read_text())["commit"] for run in runs})
 
 
 def _rank(probes: Path) -> float:

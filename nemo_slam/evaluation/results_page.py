@@ -123,7 +123,8 @@ def _compute(study: Mapping[str, Any]) -> list[str]:
         cells = ["" if row is None else f"{row['minutes']:.1f}" for row in rows]
         lines.append(f"| {arm} | {chain} | {made['minutes']:.1f} | {' | '.join(cells)} |")
     files = sorted({name for made in study["arms"].values() for name in made["files"]})
+    made = ", ".join(commit[:13] for commit in study["commits"])
     total, there = sum(study["seconds"].values()) / 3600, study["environment"]
     read = [f"Pre-training read {', '.join(files)}."] if files else []
     spent = f"A run of fine-tuning, mean over seeds. {total:.2f} hours in all, transcription and probes included"
-    return [*lines, "", " ".join([*read, f"{spent}; on {there['CPU']}; commit {there['commit'][:13]}."])]
+    return [*lines, "", " ".join([*read, f"{spent}; on {there['CPU']}. The runs are of commit {made}."])]

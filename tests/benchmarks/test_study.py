@@ -134,6 +134,9 @@ def test_manifests_hold_short_test_utterances_and_few_labels(study, tmp_path):
     assert [row["prompt_id"] for row in read["asr_test"]] == ["0", "1", "3", "4"]
     assert [(row["lang"], row["prompt_id"]) for row in read["st_test"]] == [("es", "1"), ("es", "3"), ("fr", "1")]
     assert len({row["prompt_id"] for row in read["few_few"]}) == study.STUDY.few
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "s/manifests").iterdir()}
+    study.write_manifests(plan(study, "--folder", str(tmp_path / "s")), tmp_path / "data")
+    assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "s/manifests").iterdir()}
     assert [row["prompt_id"] for row in read["asr_dev"]] == ["0", "1", "2", "3"]
     assert read["asr_test"][0]["audio_filepath"] == str(tmp_path / "data" / "a" / "0.wav")
 
@@ -206,6 +209,8 @@ def leave(step, folder, data_root):
         train = {"speech": train, "text": {"text_filepath": ["text/train.txt"]}, "pairs": None}
     if step.script.startswith("speech_"):
         (step.output.parent / "config.yaml").write_text(json.dumps({"data": {"train_ds": train}}))
+        commit = "1" * 40 if step.script == "speech_pretrain.py" else "2" * 40
+        (step.output.parent / "environment.json").write_text(json.dumps({"commit": commit}))
     elif "--probes" in step.arguments:
         step.output.write_text(json.dumps({"effective_rank": 37.0 if "before" in step.name else 12.0}))
     else:
@@ -256,6 +261,7 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
     )
     assert "| scratch | none | 0.0 | 1.0 | 1.0 | 1.0 | 1.0 |" in text
     assert "Pre-training read es_train.json, train.txt." in text
+    assert f"The runs are of commit {'1' * 13}, {'2' * 13}." in text
     assert (
         "Settings tried, WER of the dev utterances: scratch: trained 40.0, frozen 60.0, kept trained; speech: trained "
         "40.0, frozen 60.0, kept trained; stage1: trained 70.0, frozen 60.0, kept frozen; stage2: trained 50.0, frozen "
