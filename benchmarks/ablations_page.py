@@ -74,8 +74,9 @@ def page(found: Mapping[str, Any]) -> str:
     for arm, row in variants.items():
         lines.append(f"| {arm} | {row['minutes']['pre-training']:.1f} | {row['minutes']['probe']:.1f} |")
     total, there = sum(found["seconds"].values()) / 3600, found["environment"]
+    made = ", ".join(commit[:13] for commit in found["commits"])
     return (
-        "\n".join([*lines, "", f"{total:.2f} hours in all; on {there['CPU']}; commit {there['commit'][:13]}."]) + "\n"
+        "\n".join([*lines, "", f"{total:.2f} hours in all; on {there['CPU']}; the runs are of commit {made}."]) + "\n"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ablations_settings import BASE, UNTRAINED  # these three beside this file
-from steps import seconds
+from steps import commits, seconds
 from study_results import config_of, labelled, training_files
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
         "base": _base(plan),
         "variants": {arm: _variant(plan, arm, scores[arm]["cer"], notes) for arm in plan.arms},
         "environment": environment(),
+        "commits": commits(plan.steps()),
         "seconds": notes,
     }
 

@@ -52,6 +52,12 @@ def seconds(steps: Iterable[Step], folder: Path) -> dict[str, float]:
     return {step.name: json.loads(note_file(step, folder).read_text())["seconds"] for step in steps}
 
 
+def commits(steps: Iterable[Step]) -> list[str]:
+    """Those that the runs among these were made at."""
+    runs = [step.output.parent for step in steps if step.output.suffix == ".nemo"]
+    return sorted({json.loads((run / "environment.json").read_text())["commit"] for run in runs})
+
+
 def run(step: Step, folder: Path) -> None:
     """Run a command unless it is done, and note what it takes, over all attempts.
 

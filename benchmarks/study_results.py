@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from steps import seconds
+from steps import commits, seconds
 from study_settings import BASELINE
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
         },
         "tables": tables,
         "environment": environment(),
-        "commits": commits(plan),
+        "commits": commits([*plan.preparation(), *plan.comparison()]),
         "seconds": notes,
     }
 
@@ -80,12 +80,6 @@ def table(plan: Plan, name: str, labels: str, notes: Mapping[str, float]) -> dic
         "marks": dict(task.marks) if labels == "all" else {},
         "arms": rows,
     }
-
-
-def commits(plan: Plan) -> list[str]:
-    """Those that the runs were made at."""
-    runs = [step.output.parent for step in (*plan.preparation(), *plan.comparison()) if step.output.suffix == ".nemo"]
-    return sorted({json.loads((run / "environment.json").read_text())["commit"] for run in runs})
 
 
 def _rank(probes: Path) -> float:
