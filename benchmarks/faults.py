@@ -57,7 +57,7 @@ def summary(outcomes: list[Any]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """As docs/faults.md has it."""
     lines = [
-        "| fault | trials | lost steps, most | since the last checkpoint, most | wrong resumes |",
+        "| fault | trials | lost steps, most | that may be lost, most | wrong resumes |",
         "|---|---|---|---|---|",
     ]
     for row in rows:
