@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 import textwrap
 
 import pytest
@@ -154,4 +155,6 @@ def test_a_stock_script_restores_our_encoder_and_transcribes(script, model_confi
         [sys.executable, str(path), *common, f"audio_dir={tmp_path}/audio"], capture_output=True, text=True, timeout=300
     )
     assert alone.returncode != 0  # without the runner NeMo refuses the class, so the test above means something
-    assert "nemo_slam" in alone.stderr
+    # Where tarfile has no filters (Python 3.11.2), it does not come that far: the runner brings those, too.
+    reason = "nemo_slam" if hasattr(tarfile, "data_filter") else "unexpected keyword argument 'filter'"
+    assert reason in alone.stderr

@@ -109,14 +109,25 @@ def test_the_trial_draws_no_random_number(tried):
 # ---- optimizer and apex --------------------------------------------------------------------------
 
 
+def forget_apex() -> None:
+    for name in [name for name in sys.modules if name == "apex" or name.startswith("apex.")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def no_apex_is_left():
+    """Importing is not undone by ``monkeypatch``."""
+    yield
+    forget_apex()
+
+
 def install_apex(folder: Path, monkeypatch, files: dict[str, str]) -> None:
     for name, text in files.items():
         path = folder / "apex" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.syspath_prepend(str(folder))
-    for name in [name for name in sys.modules if name == "apex" or name.startswith("apex.")]:
-        monkeypatch.delitem(sys.modules, name)
+    forget_apex()
 
 
 FUSED_ADAM = """
