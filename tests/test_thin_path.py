@@ -18,7 +18,7 @@ def finetune_config(corpus, exp_dir, *overrides):
         f"data.validation_ds.manifest_filepath={corpus}/dev.json",
         "data.train_ds.frames_per_step=400",
         "data.num_workers=0",
-        "tokenizer={model_type: unigram, vocab_size: 30}",  # ten characters a word of 100 ms are more than CTC can place
+        "tokenizer={model_type: unigram, vocab_size: 30}",  # characters of a word of 100 ms are too many for CTC
         "trainer.log_every_n_steps=1",
         f"exp_manager.exp_dir={exp_dir}",
     ]

@@ -49,7 +49,9 @@ class StreamedCheckpointIO(TorchCheckpointIO):
             raise TypeError("checkpoints are written to a file; storage_options are not supported")
         try:
             torch.save(checkpoint, path)
-        except (OSError, RuntimeError) as error:  # torch's own error names neither the file nor the disk
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise  # not of torch's writer, whose error names neither the file nor the disk
             free = shutil.disk_usage(Path(path).parent).free
             Path(path).unlink(missing_ok=True)
             raise OSError(

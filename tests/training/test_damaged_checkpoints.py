@@ -77,7 +77,12 @@ def test_a_missing_one_stays_a_missing_file(tmp_path):
         StreamedCheckpointIO().load_checkpoint(tmp_path / "step_000000001.ckpt")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 9")])
+WRITER = RuntimeError(
+    "[enforce fail at inline_container.cc:672] . unexpected pos 9 vs 0"
+)  # what torch makes of a full disk
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), WRITER])
 def test_no_room_names_the_file_and_leaves_no_part(tmp_path, monkeypatch, error):
     def full(checkpoint, path):
         Path(path).write_bytes(b"the beginning")
@@ -88,6 +93,15 @@ def test_no_room_names_the_file_and_leaves_no_part(tmp_path, monkeypatch, error)
     with pytest.raises(OSError, match=r"cannot write the checkpoint .*step_000000008.*MiB are left.*Make room"):
         StreamedCheckpointIO().save_checkpoint({}, part)
     assert not part.exists()
+
+
+def test_what_is_no_error_of_writing_passes(tmp_path, monkeypatch):
+    def fail(checkpoint, path):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(module.torch, "save", fail)
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
+        StreamedCheckpointIO().save_checkpoint({}, tmp_path / "step_000000008.ckpt.part")
 
 
 def test_a_full_disk_is_named_and_other_errors_pass(tmp_path):
