@@ -46,7 +46,10 @@ def convolution(rows: int, channels: int, taps: int, itemsize: int, block: int =
 
 
 def eager_convolution_units() -> tuple[int, int]:
-    """Units that PyTorch's operators move, forward and both, from GLU to SiLU."""
+    """Units that PyTorch's own operators move on padded rows, forward and both, from GLU to SiLU.
+
+    Not the PyTorch twin's, which computes on packed rows, tap by tap: the planner counts those.
+    """
     return 12, 31
 
 

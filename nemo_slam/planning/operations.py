@@ -119,10 +119,22 @@ class Tally:
         self.add(moved=(4 * unit, 4 * unit))
 
     def convolution(self, rows: float, width: float, taps: int, groups: int, sequences: float, fused: bool) -> None:
-        """From GLU to SiLU; the counts are those of kernels/benchmarks/counts.py."""
+        """From GLU to SiLU. Units are (N, C) values read or written, of Triton's kernels or of their PyTorch twin."""
         size = self.precision.compute if fused else SINGLE
         unit = rows * width * size
-        forward, backward = (5, 8) if fused else (12, 19)
+        if fused:
+            forward, backward = 5.0, 8.0  # as in kernels/benchmarks/counts.py
+        else:
+            # Operator by operator, each of which reads its operands from memory and writes its result there; what is
+            # (N, G) and the rows between sequences are left out. K taps: a product, then K - 1 times a product added.
+            # Forward: GLU 3, rows to spaced ones 3 (zeros, copy), taps 2 + 3 (K - 1), back 2, bias 2; norm: mean 1,
+            # deviation 2, its square 2, mean 1, scale 2, affine 2; SiLU 2.
+            # Backward: SiLU 3; norm: product 3, sums over rows 2, weight 4, means 2, shift 2, stretch 3, scale 2;
+            # bias 1; to spaced rows 3, filter K (3 + 1), taps 2 + 3 (K - 1), back 2; GLU 5.
+            forward, backward = 21.0 + 3 * taps, 31.0 + 7 * taps
+            if self.precision.compute != size:  # (N, 2 C) to float32 and (N, C) from it, or the other way
+                casts = 3 * (1 + self.precision.compute / size)
+                forward, backward = forward + casts, backward + casts
         gaps = sequences * (taps // 2) * width * size
         saved = 2 * unit if fused else 5 * unit + gaps + rows * (SINGLE * groups + 16)
         self.add(moved=(forward * unit, backward * unit), saved=saved)
