@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,11 +60,34 @@ def commits(steps: Iterable[Step]) -> list[str]:
     return sorted({json.loads((run / "environment.json").read_text())["commit"] for run in runs})
 
 
+@contextlib.contextmanager
+def turn(step: Step, folder: Path) -> Iterator[int]:
+    """Wait until no other process runs the step in this folder.
+
+    The lock is an open file's, and the system releases it when the last process that has the file open ends. The
+    command gets the file too: where the experiment alone is killed, the step is free when the command has ended.
+    """
+    path = note_file(step, folder).with_suffix(".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{step.name}: another process runs it in {folder}; waiting for its end", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
 def run(step: Step, folder: Path) -> None:
-    """Run a command unless it is done, and note what it takes, over all attempts.
+    """Run a command unless it is done, one process at a time, and note what it takes, over all attempts.
 
     Exits where the command fails, or its output is there but came of another command.
     """
+    with turn(step, folder) as lock:
+        _run(step, folder, lock)
+
+
+def _run(step: Step, folder: Path, lock: int) -> None:
     file, experiment = note_file(step, folder), Path(sys.argv[0]).stem
     note: dict[str, Any] = {"command": step.shown, "seconds": 0.0, "done": False}
     if file.is_file():
@@ -74,9 +99,8 @@ def run(step: Step, folder: Path) -> None:
     if note["done"] and step.output.is_file():
         return
     print(f"\n$ {step.shown}", flush=True)
-    file.parent.mkdir(parents=True, exist_ok=True)
     before, started, status = note["seconds"], time.perf_counter(), None
-    with subprocess.Popen(step.command) as process:
+    with subprocess.Popen(step.command, pass_fds=[lock]) as process:
         while status is None:
             try:
                 status = process.wait(NOTE_EVERY)

@@ -1,6 +1,9 @@
 """Commands of an experiment: a stopped one goes on, other settings are refused, time is noted, a wrapper runs it."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import steps
@@ -64,3 +67,69 @@ def test_a_wrapper_runs_the_script(tmp_path, monkeypatch):
     steps.run(step, tmp_path)
     assert json.loads(step.output.read_text()) == ["this", str(tmp_path / "scripts" / "x.py"), "a b"]
     assert steps.seconds([step], tmp_path)["one"] == note(step, tmp_path)["seconds"] > 0
+
+
+@pytest.fixture
+def slow_step(tmp_path):
+    """A command that counts its calls and ends when the file `go` is there; a function starts an experiment of it."""
+    (tmp_path / "x.py").write_text(
+        "import pathlib, time\n"
+        "here = pathlib.Path(__file__).parent\n"
+        "with (here / 'calls').open('a') as calls:\n"
+        "    calls.write('call ')\n"
+        "while not (here / 'go').exists():\n"
+        "    time.sleep(0.02)\n"
+        "(here / 'output').write_text('x')\n"
+    )
+    experiment = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(steps.__file__).parent)!r})\n"
+        f"import steps; here = Path({str(tmp_path)!r}); steps.SCRIPTS = here\n"
+        "steps.run(steps.Step('one', 'x.py', (), here / 'output'), here)\n"
+    )
+    started = []
+
+    def start():
+        started.append(subprocess.Popen([sys.executable, "-c", experiment], stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    (tmp_path / "go").touch()  # a command whose experiment was killed ends by it
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def line_of(process):
+    """Its next line that is not empty."""
+    return next(line for line in process.stdout if line.strip())
+
+
+WAITS = "one: another process runs it in {}; waiting for its end\n"
+
+
+def test_two_experiments_at_once_run_a_step_once(slow_step, tmp_path):
+    first = slow_step()
+    assert line_of(first).startswith("$ python scripts/x.py")
+    second = slow_step()
+    assert line_of(second) == WAITS.format(tmp_path)
+    (tmp_path / "go").touch()
+    assert first.wait(30) == second.wait(30) == 0
+    assert second.stdout.read() == ""
+    assert (tmp_path / "calls").read_text() == "call "
+
+
+def test_a_killed_experiment_leaves_no_lock_but_its_commands(slow_step, tmp_path):
+    """A command that goes on without its experiment is waited for; then the step, not noted as done, is run."""
+    first = slow_step()
+    line_of(first)
+    first.kill()
+    first.wait()
+    second = slow_step()
+    assert line_of(second) == WAITS.format(tmp_path)
+    (tmp_path / "go").touch()
+    assert second.wait(30) == 0
+    assert (tmp_path / "calls").read_text() == "call call "
+    assert slow_step().wait(30) == 0
+    assert (tmp_path / "calls").read_text() == "call call "
