@@ -25,6 +25,8 @@ from nemo_slam.objectives.base import sum_over_ranks, world_size
 from nemo_slam.objectives.metrics import MetricAccumulator
 
 STREAMS = ("speech", "text", "pairs")
+SHARED_MEMORY = Path("/dev/shm")
+"""Where loader workers put batches, on Linux."""
 
 
 class StepGuard(Callback):
@@ -162,10 +164,15 @@ def disk_advice(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        rooms = [f"{place} has {shutil.disk_usage(place).free / (1 << 20):.1f} MiB" for place in (folder, "/dev/shm")]
+        # The folder may be what could not be made; not every system has shared memory as a file system.
+        places = [next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())]
+        shared = SHARED_MEMORY.exists()
+        places += [SHARED_MEMORY] * shared
+        rooms = [f"{place} has {shutil.disk_usage(place).free / (1 << 20):.1f} MiB" for place in places]
+        workers = f" ({SHARED_MEMORY} is for loader workers: data.num_workers=0 does without it)" if shared else ""
         raise OSError(
-            f"{error}: {', '.join(rooms)} left. Make room (/dev/shm is for loader workers: data.num_workers=0 does "
-            "without it); the same command resumes from the newest finished checkpoint"
+            f"{error}: {', '.join(rooms)} left. Make room{workers}; the same command resumes from the newest finished "
+            "checkpoint"
         ) from error
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nemo_slam.training import checkpoints as module
+from nemo_slam.training import guards
 from nemo_slam.training.checkpoints import StreamedCheckpointIO
 from nemo_slam.training.guards import disk_advice
 
@@ -110,5 +111,17 @@ def test_a_full_disk_is_named_and_other_errors_pass(tmp_path):
         disk_advice(tmp_path),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    with pytest.raises(FileNotFoundError), disk_advice(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone"), disk_advice(tmp_path):
         raise FileNotFoundError(errno.ENOENT, "gone")
+
+
+def test_a_full_disk_is_named_without_shared_memory_or_folder(tmp_path, monkeypatch):
+    """The advice looks at what is there: nothing of its own may fail in the place of the error."""
+    monkeypatch.setattr(guards, "SHARED_MEMORY", tmp_path / "shm")
+    with (
+        pytest.raises(OSError, match=rf"left on device: {tmp_path} has [\d.]+ MiB left\. Make room; the same") as found,
+        disk_advice(tmp_path / "runs" / "name"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "shm" not in str(found.value)
+    assert found.value.__cause__.errno == errno.ENOSPC
