@@ -136,7 +136,6 @@ class StepCheckpoint(Callback):
         self.terminated = False
         self._signalled = False
         self._random_state: list[dict[str, torch.Tensor]] | None = None
-        self._previous_handler: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = StreamedCheckpointIO()
@@ -148,18 +147,14 @@ class StepCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = trainer.global_step
-        # In place of Lightning's handler, which ends the process at the next batch without saving.
-        self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+        # In place of Lightning's handler, which ends the process at the next batch without saving. Lightning itself puts
+        # back what was there before the run; its own handler here again would keep the run's objects alive.
+        signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where a kill came between the last save and the removal, the next start has nothing left to save.
         if trainer.is_global_zero:
             self._drop_old()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
-            self._previous_handler = None
 
     def _on_sigterm(self, number: int, frame: object) -> None:
         self._signalled = True

@@ -1,6 +1,7 @@
 """A run that is stopped goes on bit for bit; what a kill leaves behind is never trusted."""
 
 import csv
+import gc
 import os
 import re
 import signal
@@ -105,6 +106,19 @@ def test_sigterm_saves_and_the_next_run_goes_on(pretrain_config, monkeypatch):
     module.pretrain(cfg)
     assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [3, 4, 5]
     assert steps(folder) == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_lets_go_of_its_files_and_of_sigterm(pretrain_config):
+    """One process may train many times."""
+
+    def files():
+        gc.collect()  # trainer, model and streams refer to each other
+        return {os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()}
+
+    handler, before = signal.getsignal(signal.SIGTERM), files()
+    module.pretrain(pretrain_config(1, "trainer.max_steps=1"))
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not [path for path in files() - before if path.endswith("length.bin")]
 
 
 def test_a_failing_save_keeps_the_previous_checkpoint(pretrain_config, monkeypatch):
