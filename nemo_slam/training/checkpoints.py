@@ -147,8 +147,8 @@ class StepCheckpoint(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at = trainer.global_step
-        # In place of Lightning's handler, which ends the process at the next batch without saving. Lightning itself puts
-        # back what was there before the run; its own handler here again would keep the run's objects alive.
+        # In place of Lightning's handler, which ends the process at the next batch without saving. Lightning puts back
+        # what was there before the run; were its own handler put back here, the run's objects would stay alive.
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
