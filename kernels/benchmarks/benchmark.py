@@ -88,16 +88,17 @@ def time_workload(work: workloads.Workload, meter: Meter, bandwidth: float) -> l
     rows = []
     for name, function in work.implementations.items():
         row = {"operator": work.operator, "mix": work.mix, "implementation": name}
+        forward_limit, both_limit = work.limits(name, bandwidth)
         try:
             with torch.no_grad():
                 forward = meter.time(function)
             row["forward"] = asdict(forward)
-            row["forward_limit_ms"] = work.forward.seconds(bandwidth) * 1e3
+            row["forward_limit_ms"] = forward_limit * 1e3
             if work.inputs:
                 both = meter.time(lambda f=function: _both(f, work.inputs))
                 row["both"] = asdict(both)
                 row["backward_ms"] = both.median_ms - forward.median_ms
-                row["both_limit_ms"] = (work.forward + work.backward).seconds(bandwidth) * 1e3
+                row["both_limit_ms"] = both_limit * 1e3
         except torch.cuda.OutOfMemoryError:
             row["error"] = "out of memory"
             torch.cuda.empty_cache()
@@ -118,7 +119,7 @@ def show(rows: list[dict], failing: set[str] | None) -> None:
     red = is_red(head["operator"], failing)
     print(f"\n{head['operator']}, {head['mix']}" + ("   [tests not green: no speed-ups]" if red else ""))
     for kind in ("forward", "both"):
-        ours = next((r[kind]["median_ms"] for r in rows if r["implementation"] == REFERENCE and kind in r), None)
+        reference = next((r for r in rows if r["implementation"] == REFERENCE and kind in r), None)
         for row in rows:
             if kind not in row:
                 if "error" in row:
@@ -129,8 +130,10 @@ def show(rows: list[dict], failing: set[str] | None) -> None:
             line = f"  {kind:8s}{row['implementation']:24s}{m['median_ms']:9.3f} ms  {m['peak_bytes'] / 2**20:8.0f} MiB"
             if row["implementation"] == REFERENCE:
                 line += f"  limit {limit:.3f} ms, {100 * limit / m['median_ms']:.0f}% of it"
-            elif ours is not None and not red:
-                line += f"  triton is {m['median_ms'] / ours:.2f}x as fast"
+            elif reference is not None and not red:
+                line += f"  triton is {m['median_ms'] / reference[kind]['median_ms']:.2f}x as fast"
+                if limit != reference[f"{kind}_limit_ms"]:
+                    line += f", {limit / reference[f'{kind}_limit_ms']:.2f}x by what they move"
             print(line)
 
 

@@ -1,5 +1,7 @@
 """Bytes and operations that each operator cannot avoid: what the roofline is computed from.
 
+    python kernels/benchmarks/counts.py        # the table of kernels/README.md, without torch
+
 Counted by hand from the kernels, for main memory: a value that neighbouring programs read again within microseconds
 (halo rows, filters, a row's second read) is counted once, because it comes from a cache.
 """
@@ -30,8 +32,13 @@ class Count:
             self.matrix / H100_BF16_PER_SECOND,
         )
 
-    def __add__(self, other: Count) -> Count:
-        return Count(self.memory + other.memory, self.cache + other.cache, self.matrix + other.matrix)
+
+Counts = tuple[Count, ...]
+"""Passes that follow one another, so that their limits add up."""
+
+
+def seconds(passes: Counts, bytes_per_second: float = H100_BYTES_PER_SECOND) -> float:
+    return sum(count.seconds(bytes_per_second) for count in passes)
 
 
 def convolution(rows: int, channels: int, taps: int, itemsize: int, block: int = 64) -> tuple[Count, Count]:
@@ -45,17 +52,15 @@ def convolution(rows: int, channels: int, taps: int, itemsize: int, block: int =
     return Count(5 * unit + 2 * partial), Count(8 * unit + (2 + taps + 1) * partial)
 
 
-def eager_convolution_units() -> tuple[int, int]:
-    """Units that PyTorch's own operators move on padded rows, forward and both, from GLU to SiLU.
+def stock_convolution(rows: int, channels: int, itemsize: int, compiled: bool) -> tuple[Count, Count]:
+    """The same by PyTorch's own operators on padded rows, from GLU to SiLU: 12 units forward, 31 both.
 
-    Not the PyTorch twin's, which computes on packed rows, tap by tap: the planner counts those.
+    Or 8 and 22, an estimate from what torch.compile fuses. Not the PyTorch twin's, which computes on packed rows, tap
+    by tap: the planner counts those.
     """
-    return 12, 31
-
-
-def compiled_convolution_units() -> tuple[int, int]:
-    """Units that torch.compile's fusion moves, forward and both: an estimate from what it fuses."""
-    return 8, 22
+    forward, both = (8, 22) if compiled else (12, 31)
+    unit = rows * channels * itemsize
+    return Count(forward * unit), Count((both - forward) * unit)
 
 
 def pointwise(rows: int, channels: int, itemsize: int) -> tuple[Count, Count]:
@@ -71,6 +76,16 @@ def pointwise(rows: int, channels: int, itemsize: int) -> tuple[Count, Count]:
 def masking(rows: int, width: int, itemsize: int) -> tuple[Count, Count]:
     """apply_spans: every row in and out once."""
     return Count(2 * rows * width * itemsize + 17 * rows), Count(2 * rows * width * itemsize + rows)
+
+
+def span_masks(rows: int) -> Count:
+    """sample_spans: a byte a row is written."""
+    return Count(rows)
+
+
+def corruption(rows: int) -> Count:
+    """corrupt_tokens: tokens in and out, the mask, and the list of what it hit."""
+    return Count(33 * rows)
 
 
 def noise(rows: int, columns: int, itemsize: int) -> Count:
@@ -99,3 +114,51 @@ def cross_entropy(rows: int, width: int, vocab: int, itemsize: int) -> tuple[Cou
         matrix=3 * product,
     )
     return forward, backward
+
+
+def table() -> list[str]:
+    """Markdown: what operators move at the paper's shapes in bfloat16, and how long an H100 as assumed needs for it."""
+    rows, width = 16 * 1600, 1024
+    middle, around = convolution(rows, width, 5, 2), pointwise(rows, width, 2)
+    stock = [stock_convolution(rows, width, 2, compiled) for compiled in (False, True)]
+    return [
+        "| operator (bfloat16) | shape | forward | forward + backward | limit, forward / both | PyTorch's / compiled |",
+        "|---|---|---|---|---|---|",
+        line("`glu_conv_group_norm_silu`", "B16 T1600 C1024 K5", middle, others=[[other] for other in stock]),
+        line("convolution module", "same", middle, around, others=[[other, around] for other in stock]),
+        line("`apply_spans`", "N 25,600 D 1024", masking(rows, width, 2)),
+        line("`sample_spans`", "N 25,600", (span_masks(rows),)),
+        line("`corrupt_tokens`", "N 25,600", (corruption(rows),)),
+        line("`sample_distractors`", "M 12,500 K 100", (noise(12_500, 100, 8),)),
+        line("`gumbel_noise`", "M 12,500 x 1,024", (noise(12_500, 1024, 4),)),
+        line("`span_contrastive`", "M 16,384 D 1024 K 100", contrastive(16_384, width, 100, 2)),
+        line("`masked_cross_entropy`", "M 4,096 D 1024 V 32,000", cross_entropy(4_096, width, 32_000, 2)),
+        line("`masked_cross_entropy`", "M 8,192 D 1024 V 1,024", cross_entropy(8_192, width, 1024, 2)),
+    ]
+
+
+def line(name: str, shape: str, *parts: Counts, others: list[list[Counts]] | None = None) -> str:
+    """A row of the table.
+
+    Args:
+        parts: of the operator, each (forward,) or (forward, backward).
+        others: parts of slower ways to do the same, whose limits are given in that of ``parts``.
+    """
+    both = sum(parts, ())
+    passes = [tuple(part[0] for part in parts), *([both] if len(both) > len(parts) else [])]
+    limits = " / ".join(f"{seconds(counts) * 1e3:.3f}" for counts in passes)
+    ratios = " / ".join(f"{seconds(sum(other, ())) / seconds(both):.1f}x" for other in others or [])
+    return f"| {name} | {shape} | {' | '.join([*map(work, passes), ''][:2])} | {limits} ms | {ratios} |"
+
+
+def work(passes: Counts) -> str:
+    """What passes move and multiply, for a cell of the table."""
+    memory, cache, matrix = (sum(getattr(c, name) for c in passes) for name in ("memory", "cache", "matrix"))
+    found = [f"{memory / 1e6:,.0f} MB" if memory >= 1e6 else f"{memory / 1e6:.2f} MB"]
+    found += [f"{cache / 1e9:.1f} GB from L2"] if cache else []
+    found += [f"{matrix / 1e9:,.0f} GFLOP"] if matrix else []
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    print("\n".join(table()))

@@ -31,9 +31,15 @@ class Workload:
     implementations: dict[str, Callable[[], Tensor]]
     inputs: list[Tensor]
     """What gradients are taken of; empty for an operator without a backward."""
-    forward: counts.Count
-    backward: counts.Count | None = None
-    notes: dict = field(default_factory=dict)
+    forward: counts.Counts
+    backward: counts.Counts = ()
+    others: dict[str, tuple[counts.Counts, counts.Counts]] = field(default_factory=dict)
+    """Forward and backward of implementations that cannot but move more."""
+
+    def limits(self, implementation: str, bytes_per_second: float) -> tuple[float, float]:
+        """Seconds of forward and of both that an implementation cannot beat."""
+        forward, backward = self.others.get(implementation, (self.forward, self.backward))
+        return counts.seconds(forward, bytes_per_second), counts.seconds(forward + backward, bytes_per_second)
 
 
 def mixes(tiny: bool) -> dict[str, list[int]]:
@@ -90,7 +96,12 @@ def convolution(lengths, mix, channels, groups, taps, dtype, device, kernels, co
         implementations["stock padded compiled"] = lambda: stock(batch, low, groups)
     forward, backward = counts.convolution(rows, channels, taps, x.element_size())
     inputs = [x, batch, *p.values(), *low.values()]
-    return Workload("glu_conv_group_norm_silu", mix, implementations, inputs, forward, backward)
+    padded = len(lengths) * max(lengths), channels, x.element_size()
+    others = {}
+    for name, is_compiled in (("stock padded", False), ("stock padded compiled", True)):
+        first, second = counts.stock_convolution(*padded, is_compiled)
+        others[name] = ((first,), (second,))
+    return Workload("glu_conv_group_norm_silu", mix, implementations, inputs, (forward,), (backward,), others)
 
 
 class PackedModule(nn.Module):
@@ -133,7 +144,13 @@ def module(lengths, mix, channels, groups, taps, dtype, device, kernels, compile
             implementations["NeMo padded compiled"] = lambda: faster(batch, pad_mask=mask)
     middle = counts.convolution(rows, channels, taps, x.element_size())
     around = counts.pointwise(rows, channels, x.element_size())
-    return Workload("convolution module", mix, implementations, inputs, middle[0] + around[0], middle[1] + around[1])
+    padded = len(lengths) * max(lengths), channels, x.element_size()
+    others = {}
+    for name, is_compiled in (("NeMo padded", False), ("NeMo padded compiled", True)):
+        inner, outer = counts.stock_convolution(*padded, is_compiled), counts.pointwise(*padded)
+        others[name] = ((inner[0], outer[0]), (inner[1], outer[1]))
+    forward, backward = (middle[0], around[0]), (middle[1], around[1])
+    return Workload("convolution module", mix, implementations, inputs, forward, backward, others)
 
 
 def spans(lengths, mix, width, num, vocab, dtype, device, kernels) -> list[Workload]:
@@ -172,15 +189,16 @@ def spans(lengths, mix, width, num, vocab, dtype, device, kernels) -> list[Workl
     def gumbel(b):
         return gumbel_noise(index, *packed, key=1, num=1024, dtype=torch.float32, backend=b)
 
-    replaced = counts.masking(rows, width, x.element_size())
+    forward, backward = counts.masking(rows, width, x.element_size())
+    replaced = (forward,), (backward,)
     return [
-        Workload("sample_spans (start)", mix, each(start), [], counts.Count(rows)),
-        Workload("sample_spans (budget)", mix, each(budget), [], counts.Count(2 * rows)),
+        Workload("sample_spans (start)", mix, each(start), [], (counts.span_masks(rows),)),
+        Workload("sample_spans (budget)", mix, each(budget), [], (counts.Count(2 * rows),)),
         Workload("apply_spans (learned)", mix, each(learned), [x, vector], *replaced),
         Workload("apply_spans (random)", mix, each(random), [x], *replaced),
-        Workload("corrupt_tokens", mix, each(corrupt), [], counts.Count(33 * rows)),
-        Workload("sample_distractors", mix, each(draw), [], counts.noise(masked, num, 8)),
-        Workload("gumbel_noise", mix, each(gumbel), [], counts.noise(masked, 1024, 4)),
+        Workload("corrupt_tokens", mix, each(corrupt), [], (counts.corruption(rows),)),
+        Workload("sample_distractors", mix, each(draw), [], (counts.noise(masked, num, 8),)),
+        Workload("gumbel_noise", mix, each(gumbel), [], (counts.noise(masked, 1024, 4),)),
     ]
 
 
@@ -201,8 +219,9 @@ def contrastive(rows, width, num, dtype, device, kernels, gather: bool) -> Workl
     implementations = {name: (lambda b=backend: run(b)) for name, backend in kernels.items()}
     if gather:
         implementations["gathered"] = gathered
-    count = counts.contrastive(rows, width, num, contexts.element_size())
-    return Workload("span_contrastive", f"M{rows} D{width} K{num}", implementations, [contexts, targets], *count)
+    forward, backward = counts.contrastive(rows, width, num, contexts.element_size())
+    mix = f"M{rows} D{width} K{num}"
+    return Workload("span_contrastive", mix, implementations, [contexts, targets], (forward,), (backward,))
 
 
 def entropy(rows, width, vocab, dtype, device, kernels, compile) -> Workload:
@@ -220,6 +239,6 @@ def entropy(rows, width, vocab, dtype, device, kernels, compile) -> Workload:
     if compile:
         compiled = torch.compile(run)
         implementations["twin compiled"] = lambda: compiled("torch")
-    count = counts.cross_entropy(rows, width, vocab, hidden.element_size())
+    forward, backward = counts.cross_entropy(rows, width, vocab, hidden.element_size())
     mix = f"M{rows} D{width} V{vocab}"
-    return Workload("masked_cross_entropy", mix, implementations, [hidden, weight, bias], *count)
+    return Workload("masked_cross_entropy", mix, implementations, [hidden, weight, bias], (forward,), (backward,))

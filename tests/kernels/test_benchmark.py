@@ -77,6 +77,19 @@ def test_counts_of_the_papers_shape():
     unit = 16 * 1600 * 1024 * 2
     assert unit == 52_428_800
     assert 5 <= forward.memory / unit < 5.3
-    assert 13 <= (forward + backward).memory / unit < 13.9
-    assert (forward + backward).seconds() == pytest.approx((forward + backward).memory / 3.0e12)
+    assert 13 <= (forward.memory + backward.memory) / unit < 13.9
+    assert counts.seconds((forward, backward)) == pytest.approx((forward.memory + backward.memory) / 3.0e12)
     assert counts.contrastive(16_384, 1024, 100, 2)[0].cache == pytest.approx(16_384 * 1024 * 100 * 2)
+
+
+def test_the_readme_has_the_table_as_counted():
+    """Every row of it, beside what is measured; and a shape by hand, since the table is our own output."""
+    readme = (FOLDER.parent / "README.md").read_text()
+    for line in counts.table():
+        assert line in readme, f"kernels/README.md lacks this row of kernels/benchmarks/counts.py: {line}"
+    unit = 16 * 1600 * 1024 * 2
+    stock = counts.stock_convolution(16 * 1600, 1024, 2, compiled=False)
+    assert counts.seconds(stock) == pytest.approx(31 * unit / 3.0e12)
+    forward, backward = counts.cross_entropy(4096, 1024, 32_000, 2)
+    assert counts.seconds((backward,)) == pytest.approx(3 * 2 * 4096 * 1024 * 32_000 / 800e12)  # bound by its products
+    assert forward.seconds() > 2 * 4096 * 1024 * 32_000 / 800e12  # bound by memory
