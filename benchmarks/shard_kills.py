@@ -44,23 +44,23 @@ def write_corpus(folder: Path, utterances: int) -> Path:
     return folder / "manifest.json"
 
 
-def shard(manifest: Path, out: Path, args: argparse.Namespace, limit: float = math.inf) -> tuple[bool, float]:
+def shard(manifest: Path, out: Path, args: argparse.Namespace, limit: float = math.inf) -> tuple[bool, float | None]:
     """Runs the command, and kills it, workers too, ``limit`` seconds after its first file has been begun.
 
     Returns:
-        Whether it was killed, and its seconds since that file.
+        Whether it was killed, and its seconds since that file; None if no file was seen being written.
     """
     command = [*SCRIPT, "audio", str(manifest), "--out", str(out), "--shards", str(args.shards)]
     command += ["--workers", str(args.workers)]
     old = set(out.rglob(HALF))
-    begun = math.inf
+    begun: float | None = None
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             now = time.perf_counter()
-            if begun == math.inf and not old.issuperset(out.rglob(HALF)):
+            if begun is None and not old.issuperset(out.rglob(HALF)):
                 begun = now
-            if now - begun >= limit:
+            if begun is not None and now - begun >= limit:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 return True, now - begun
@@ -68,7 +68,7 @@ def shard(manifest: Path, out: Path, args: argparse.Namespace, limit: float = ma
         if process.returncode != 0:
             errors.seek(0)
             raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {errors.read().decode()[-2000:]}")
-    return False, time.perf_counter() - begun
+    return False, None if begun is None else time.perf_counter() - begun
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -105,11 +105,16 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     rng = np.random.default_rng(args.seed)
     manifest = write_corpus(folder, args.utterances)
     _, whole = shard(manifest, folder / "whole", args)
+    if whole is None:
+        raise RuntimeError(
+            f"{args.utterances} utterances in {args.shards} shards: no file was seen being written, so no moment to "
+            "kill at can be drawn. Take more --utterances, or fewer --shards"
+        )
     kills = []
     for _ in range(args.kills):
         # Together about as long as the whole takes, so that kills strike from the first shard to the last.
         killed, seconds = shard(manifest, folder / "killed", args, float(rng.uniform(0, 2 * whole / args.kills)))
-        if not killed:
+        if not killed or seconds is None:
             break
         tars = len(list((folder / "killed").glob("audio_*.tar")))
         halves = len(list((folder / "killed").rglob(HALF)))

@@ -1,10 +1,14 @@
 """The benchmark of killed sharding at a small size: kills, comparison, damage; and that a difference shows."""
 
 import json
+import math
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
+import pytest
+import shard_kills
 from shard_kills import digests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,3 +37,11 @@ def test_a_difference_shows(tmp_path):
     assert list(before) == ["sharded_manifests/manifest_0.json"]
     (tmp_path / "sharded_manifests/manifest_0.json").write_text("b")
     assert digests(tmp_path) != before
+
+
+def test_writing_that_no_look_saw_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_kills, "SCRIPT", [sys.executable, "-c", ""])  # ends before a first file
+    args = Namespace(utterances=1, shards=1, workers=1, kills=1, seed=0)
+    assert shard_kills.shard(tmp_path / "manifest.json", tmp_path / "out", args, math.inf) == (False, None)
+    with pytest.raises(RuntimeError, match=r"no file was seen being written.*--utterances"):
+        shard_kills.measure(tmp_path, args)
