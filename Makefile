@@ -132,11 +132,11 @@ test: setup  ## all tests
 cluster-test: setup  ## several machines, one killed, one slow; needs root and iproute2
 	NEMO_SLAM_CLUSTER="$(NODES)" OMP_NUM_THREADS=1 $(RUN) -m pytest tests/cluster -s $(PYTEST_ARGS)
 
-# Without a Docker daemon and without a GPU, on a plain Debian base. About half an hour on two cores, 15 GB of disk.
+# Without a Docker daemon and without a GPU, on a plain Debian base. Long, and wants much disk.
 image-test:  ## build the Dockerfile, then train a step and run the tests inside; needs root, buildah and debootstrap
 	docker/test_image.sh
 
-gpu-check: setup  ## everything that wants a GPU, in nine minutes on an H100; results in benchmarks/results/
+gpu-check: setup  ## everything that wants a GPU, cut after nine minutes; results in benchmarks/results/
 	@PYTHONPATH="$(CURDIR):$(CURDIR)/kernels$${PYTHONPATH:+:$$PYTHONPATH}" $(RUN) benchmarks/gpu_check.py $(ARGS)
 
 lint: setup  ## ruff and mypy
