@@ -90,6 +90,21 @@ def help_of(*words: str) -> str:
     return result.stdout
 
 
+# ---- figures ---------------------------------------------------------------------------------------
+
+
+def test_cited_result_files_are_there_and_the_newest_of_their_kind():
+    """A benchmark that was run again leaves figures to be mended where an older file is cited."""
+    results = ROOT / "benchmarks/results"
+    cited = {(page.name, name) for page in PAGES for name in re.findall(r"results/([\w.*-]+\.json)", page.read_text())}
+    assert cited
+    for page, name in sorted(cited):
+        kind = re.sub(r"_\d{4}-\d\d-\d\dT\d{6}\.json$", "", name)
+        newest = max((path.name for path in results.glob(f"{kind}_*T*.json")), default=name)
+        assert (results / name).is_file(), f"{page} cites {name}, which does not exist"
+        assert name == newest, f"{page} cites {name}; {newest} is newer"
+
+
 # ---- configuration reference -----------------------------------------------------------------------
 
 
