@@ -37,8 +37,8 @@ RUN_KEYS: dict[str, tuple[str, ...]] = {
 FINETUNING_KEYS: dict[str, tuple[str, ...]] = {
     **{key: RUN_KEYS[key] for key in ("exp_manager", "checkpoint")},
     "": (
-        *("name", "seed", "init_from", "freeze_encoder_steps", "early_stopping", "tokenizer", "source_tokenizer"),
-        *("model", "data", "trainer", "parallel", "exp_manager", "checkpoint"),
+        *("name", "seed", "init_from", "reinit_last_layers", "freeze_encoder_steps", "early_stopping"),
+        *("tokenizer", "source_tokenizer", "model", "data", "trainer", "parallel", "exp_manager", "checkpoint"),
     ),
     "data": ("prepare", "root", "language", "pair", "on_bad_row", "num_workers", "train_ds", "validation_ds"),
     "early_stopping": ("patience", "monitor", "mode"),

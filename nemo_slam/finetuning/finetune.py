@@ -80,6 +80,8 @@ def finetune(cfg: DictConfig) -> Path:
             f"parallel.strategy={cfg.parallel.strategy} is for pre-training alone: stock models go around the "
             "forward by which shards are gathered. Leave it at ddp"
         )
+    if cfg.reinit_last_layers and cfg.init_from is None:
+        raise ConfigError("reinit_last_layers goes with init_from: without it every layer is random")
     seed_everything(cfg.seed, verbose=False)
     run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
     run_folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,10 @@ def finetune(cfg: DictConfig) -> Path:
         logging.info(f"resuming from step {resume[0]} ({resume[1]})")
     elif pretrained is not None:
         logging.info(f"encoder of {pretrained.path}: {pretrained.describe()}")
-        logging.info(str(initialise_encoder(model.encoder, pretrained, MINIMUM_INITIALISED)))
+        last = cfg.reinit_last_layers
+        logging.info(str(initialise_encoder(model.encoder, pretrained, MINIMUM_INITIALISED, last)))
+        if last:
+            logging.info(f"reinit_last_layers: the last {last} multimodal layer(s) keep their random weights instead")
     with open_dict(model.cfg):
         for split, stock in task.stock_datasets().items():
             model.cfg[split] = stock

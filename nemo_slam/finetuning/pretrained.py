@@ -5,6 +5,7 @@ The archive is read, never unpacked: a path in it is a name to look up, its YAML
 
 from __future__ import annotations
 
+import copy
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,10 +153,28 @@ def encoder_node(node: Mapping[str, Any], pretrained: Pretrained | None, target:
     return {**node, "conformer": conformer, "d_model": conformer["d_model"], "_target_": target}
 
 
-def initialise_encoder(encoder: nn.Module, pretrained: Pretrained, minimum: float) -> LoadReport:
+def initialise_encoder(
+    encoder: nn.Module, pretrained: Pretrained, minimum: float, reinit_last_layers: int = 0
+) -> LoadReport:
     """Copy the weights and account for them.
 
+    Args:
+        encoder: with its random weights.
+        minimum: share of the encoder's parameters that the file must have.
+        reinit_last_layers: of the multimodal layers, so many from the last keep their random weights: the last ones
+            hold most of what pre-training was about (Zhang et al., 2021, "Revisiting Few-sample BERT
+            Fine-tuning"; of speech: Pasad et al., 2021, "Layer-wise Analysis of a Self-supervised Speech Representation
+            Model").
+
     Raises:
-        ValueError: less than ``minimum`` of the encoder's parameters was loaded.
+        ValueError: less than ``minimum`` was loaded, or there are not so many layers.
     """
-    return load_weights(encoder, pretrained.weights, pretrained.path, minimum)
+    layers = list(encoder.get_submodule("multimodal_encoder.layers").children())
+    if not 0 <= reinit_last_layers <= len(layers):
+        raise ValueError(f"reinit_last_layers must be 0 to {len(layers)}, the multimodal layers: {reinit_last_layers}")
+    last = layers[len(layers) - reinit_last_layers :]
+    random = [copy.deepcopy(layer.state_dict()) for layer in last]
+    report = load_weights(encoder, pretrained.weights, pretrained.path, minimum)
+    for layer, own in zip(last, random, strict=True):
+        layer.load_state_dict(own)
+    return report

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from nemo.collections.asr.models import ASRModel, EncDecCTCModelBPE
 from tones import write_corpus
 
+from nemo_slam.config import ConfigError
 from nemo_slam.data.bad_rows import EmptyStreamError
 from nemo_slam.finetuning.finetune import finetune
 from nemo_slam.finetuning.loader import TrainingDataset
@@ -139,6 +140,23 @@ def test_frozen_run_keeps_the_pretrained_encoder(straight, corpus, tmp_path):
     assert all(torch.equal(before[name], after[f"encoder.{name}"]) for name in parts)
     trained = read_weights(straight[0] / "asr_ctc.nemo")
     assert any(not torch.equal(before[name], trained[f"encoder.{name}"]) for name in parts)
+
+
+def test_the_last_layers_may_start_afresh(straight, corpus, tmp_path):
+    keys = [straight[1][0], "freeze_encoder_steps=1", "trainer.max_steps=1", "reinit_last_layers=1"]
+    run_folder = finetune(config(corpus, tmp_path, *keys))
+    before = read_weights(straight[1][0].removeprefix("init_from="))
+    after = read_weights(run_folder / "asr_ctc.nemo")
+    other = {
+        name
+        for name in before
+        if name.startswith(("speech_encoder", "multimodal_encoder"))
+        and not torch.equal(before[name], after[f"encoder.{name}"])
+    }
+    assert other
+    assert all(name.startswith("multimodal_encoder.layers.0.") for name in other)
+    with pytest.raises(ConfigError, match="reinit_last_layers goes with init_from"):
+        finetune(scratch(corpus, tmp_path, "reinit_last_layers=1"))
 
 
 def test_result_is_a_stock_model_with_the_pretrained_features(straight):

@@ -48,6 +48,23 @@ def test_every_weight_of_the_encoder_is_loaded(pretrained_nemo, model_config):
         assert torch.equal(tensor, original[name]), name
 
 
+def test_the_last_layers_may_keep_their_random_weights(pretrained_nemo):
+    pretrained = read_pretrained(pretrained_nemo)
+    node = encoder_node({"conformer": {}}, pretrained)
+    node.pop("_target_")
+    node["multimodal_encoder"] = {**node["multimodal_encoder"], "num_layers": 1}
+    encoder = SLAMEncoder(**node)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    report = initialise_encoder(encoder, pretrained, 1.0, reinit_last_layers=1)
+    assert not report.left  # they are in the file all the same
+    last = "multimodal_encoder.layers.0."
+    assert any(name.startswith(last) for name in before)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, (before if name.startswith(last) else pretrained.weights)[name]), name
+    with pytest.raises(ValueError, match=r"must be 0 to 1, the multimodal layers: 2"):
+        initialise_encoder(encoder, pretrained, 1.0, reinit_last_layers=2)
+
+
 def test_too_little_loaded_stops_and_says_what_fits(pretrained_nemo):
     pretrained = read_pretrained(pretrained_nemo)
     narrow = {**pretrained.architecture["conformer"], "d_model": 16}
