@@ -108,7 +108,13 @@ class Plan:
     def training(self, name: str, arm: str, labels: str, seed: int, choice: str) -> Step:
         """Fine-tune."""
         task, run = self.tasks[name], self.run_name(name, labels, arm, seed, choice)
-        keys = [*self.common, f"trainer.max_steps={task.steps}", f"seed={seed}", *task.keys, *task.choices[choice]]
+        keys = [
+            *self.common,
+            f"trainer.max_steps={task.steps}",
+            f"seed={seed}",
+            *task.keys,
+            *task.choices_of(arm)[choice],
+        ]
         if labels == "few":
             keys.append(f"data.train_ds.manifest_filepath={self.manifest(name, 'few')}")
         if arm != BASELINE:
@@ -123,7 +129,7 @@ class Plan:
     def trials(self, name: str, arm: str, labels: str) -> dict[str, tuple[Step, Step]]:
         """By choice: a run with the first seed and its transcripts of the dev utterances."""
         found = {}
-        for choice in self.tasks[name].choices:
+        for choice in self.tasks[name].choices_of(arm):
             step = self.training(name, arm, labels, self.seeds[0], choice)
             found[choice] = (step, self.transcription(name, step.name, "dev"))
         return found

@@ -36,6 +36,7 @@ class Task:
             ``utterances``.
         choices: name -> further keys. Every arm tries each with the first seed and keeps the best on the dev
             utterances, by the first metric: the same effort for all.
+        baseline_choices: as many for the baseline, where those of the others need pre-trained weights.
     """
 
     title: str
@@ -49,6 +50,10 @@ class Task:
     keys: tuple[str, ...] = ()
     marks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"usual": ()})
+    baseline_choices: Mapping[str, tuple[str, ...]] | None = None
+
+    def choices_of(self, arm: str) -> Mapping[str, tuple[str, ...]]:
+        return self.choices if arm != BASELINE or self.baseline_choices is None else self.baseline_choices
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Study:
             "asr": Task(
                 *("Spanish recognition (CTC)", "asr_ctc", 600, _ARMS, ("all",)),
                 *("text", ("cer", "wer"), ("es",)),
+                choices={"usual": (), "afresh": ("reinit_last_layers=2",)},
+                baseline_choices={"usual": (), "dropout": ("model.encoder.conformer.dropout=0.1",)},
                 marks={
                     "stock NeMo from scratch": {
                         "cer": 19,

@@ -27,7 +27,7 @@ class KeepsTheLast:
     """Where trials have not been run: every arm keeps the last of its choices."""
 
     def choice(self, name, arm, labels):
-        return list(self.tasks[name].choices)[-1]
+        return list(self.tasks[name].choices_of(arm))[-1]
 
 
 def plan(study, *arguments):
@@ -46,11 +46,14 @@ def test_the_plan_has_every_arm_with_equal_steps(study):
     assert len(runs) == per_seed * len(study.STUDY.seeds) > 0
     for name in tasks:
         own = [step for step in runs if step.name.startswith(f"{name}_")]
-        # Apart from where they start, two arms get the same command.
+        # Apart from where they start and what they keep, two arms get the same command, and as many to choose from.
         keys = {}
         for step in own:
-            _, labels, _, seed, _ = step.name.split("_")
-            given = tuple(a for a in step.arguments if not a.startswith(("init_from", "name=")))
+            _, labels, arm, seed, choice = step.name.split("_")
+            kept = tasks[name].choices_of(arm)[choice]
+            given = tuple(a for a in step.arguments if a not in kept and not a.startswith(("init_from", "name=")))
+            assert len(step.arguments) == len(given) + len(kept) + 1 + (arm != "scratch")
+            assert len(tasks[name].choices_of(arm)) == len(tasks[name].choices)
             keys.setdefault((labels, seed), set()).add(given)
         assert all(len(found) == 1 for found in keys.values())
         assert f"trainer.max_steps={tasks[name].steps}" in own[0].arguments
@@ -96,7 +99,7 @@ def test_an_arms_ranks_are_of_the_same_speech_before_and_after(study):
     for name, task in study.STUDY.tasks.items():
         for arm in ("scratch", *task.arms):
             before = there[f"{arm}: probes before {name}"]
-            kept = list(task.choices)[-1]
+            kept = list(task.choices_of(arm))[-1]
             assert before == there[f"{name}_{task.labels[0]}_{arm}_0_{kept}: probes"]
             assert before.endswith(f"{name}_test.json")
 
@@ -187,6 +190,9 @@ FINISHED = {
 DEV = {
     "trained": {"scratch": 4, "speech": 4, "stage1": 7, "stage2": 5, "one-stage": 7},
     "frozen": dict.fromkeys(ARMS, 6),
+    "usual": dict.fromkeys(ARMS, 4),
+    "dropout": {"scratch": 5},
+    "afresh": dict.fromkeys(ARMS, 5),
 }
 """Wrong words of ten on the dev utterances, by choice and arm."""
 
@@ -268,8 +274,8 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
         "60.0, kept trained; one-stage: trained 70.0, frozen 60.0, kept frozen. The first seed's run with what was "
         "kept is one of those compared.\n"
     ) in text
-    # Two seeds of three tasks with five arms and one with three; the second of the choices, with the first seed.
-    hours = (4 * 600 + 60 * (1 + 2 * (3 * 5 + 3) + 5)) / 3600
+    # Two seeds of three tasks with five arms and one with three; with the first seed the others of two tasks' choices.
+    hours = (4 * 600 + 60 * (1 + 2 * (3 * 5 + 3) + 5 + 5)) / 3600
     assert f"{hours:.2f} hours in all" in text
 
     # Of the page nothing stays the same when the numbers turn round.
