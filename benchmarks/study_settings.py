@@ -131,12 +131,9 @@ STUDY = Study()
 _CTC_ALONE = tuple(
     f"model.objectives.{name}=null" for name in ("masked_speech", "masked_text", "translation_lm", "matching")
 )
+_ONE_STAGE = STUDY.arms["one-stage"]
 _OTHERS = {
-    "more_steps": Pretraining("slam_stage1", 2400),
     "low_rate": Pretraining("slam_stage1", 1200, ("model.optim.lr=5.0e-4",)),
-    "little_masking": Pretraining(
-        "slam_stage1", 1200, ("model.objectives.masked_speech.masking.start_probability=0.03",)
-    ),
     "frozen_codes": Pretraining(
         *("slam_stage1", 1200),
         (
@@ -146,9 +143,13 @@ _OTHERS = {
     ),
     "paper_stage2": Pretraining("slam_stage2", 600, after="stage1"),
     "ctc_alone": Pretraining("prompts_stage2", 800, _CTC_ALONE),
-    "all_pairs": Pretraining(
-        *("prompts_stage2", 800, ("data.train_ds.pairs.manifest_filepath=${data.root}/manifests/speech_train.json",)),
-        after="stage1",
+    "more_steps": replace(_ONE_STAGE, steps=1600),
+    "little_masking": replace(
+        _ONE_STAGE, keys=(*_ONE_STAGE.keys, "model.objectives.masked_speech.masking.start_probability=0.03")
+    ),
+    "all_pairs": replace(
+        _ONE_STAGE,
+        keys=(*_ONE_STAGE.keys, "data.train_ds.pairs.manifest_filepath=${data.root}/manifests/speech_train.json"),
     ),
 }
 CONFIGURATIONS = Study(
