@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster_results import ClusterResults
 from network import cluster
 
 from nemo_slam.training.checkpoints import finished_checkpoints
@@ -32,7 +33,17 @@ NODES = [int(n) for n in os.environ.get("NEMO_SLAM_CLUSTER", "2").split(",")]
 LIMIT = 60  # seconds to end in after a loss
 STALL = 300  # seconds without any progress after which a wait is given up
 TOLERANCE = 1e-5  # of float32 sums in another order
+LEARNING_RATE = 0.05
 FRESH = str(Path(sys.executable).parent / "torchrun")
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Of the tests that pass; a file once all have."""
+    cases = [(case, count) for count in NODES for case in ("sharded", "killed")]
+    results = ClusterResults([*cases, ("cut off", 2)])
+    yield results
+    results.write()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +67,7 @@ def settings(corpus, tokenizer_model):
     model = ["model=tiny", f"model.conformer={tiny}", "model.speech_encoder={num_layers: 1, conv_channels: 4}"]
     model += ["model.multimodal_encoder.num_layers=1", "model.text_encoder={vocab_size: 40, dropout: 0.0}"]
     model += ["model.quantizer.num_codes=16", "model.quantizer.code_dim=24", "model.validation_ds=null"]
-    model += ["model.optim.name=sgd", "model.optim.lr=0.05", "~model.optim.betas", "~model.optim.sched"]
+    model += ["model.optim.name=sgd", f"model.optim.lr={LEARNING_RATE}", "~model.optim.betas", "~model.optim.sched"]
     run = ["data.prepare=null", f"data.tokenizer.model_path={tokenizer_model}", "data.num_workers=0", "probes=false"]
     run += ["trainer.accelerator=cpu", "trainer.log_every_n_steps=1", f"trainer.max_steps={STEPS}"]
     run += ["checkpoint.every_n_steps=1", f"checkpoint.keep_last={STEPS}", "parallel.timeout_seconds=600"]
@@ -153,29 +164,45 @@ def alone(forked, settings, tmp_path_factory):
 
 
 def assert_trained_alike(run, reference, tolerance):
-    """Weights after the first step, which show its gradients, and after the last; every loss of every step."""
-    worst = 0.0
+    """Weights after the first step, which show its gradients, and after the last; every loss of every step.
+
+    Returns the largest differences; of the gradients as they were applied, clipped, that of the weights over the rate.
+    """
+    apart = {}
     for step in (1, STEPS):
+        worst = 0.0
         found = run.weights(step)
         for name, expected in reference.weights(step).items():
             torch.testing.assert_close(found[name], expected, rtol=tolerance, atol=tolerance, msg=f"{step}: {name}")
             worst = max(worst, float((found[name].double() - expected.double()).abs().max()))
+        apart[step] = worst
     assert len(reference.losses()) == STEPS
+    losses = 0.0
     for row, expected in zip(run.losses(), reference.losses(), strict=True):
         assert row == pytest.approx(expected, rel=10 * tolerance, abs=10 * tolerance, nan_ok=True)
-    print(f"\n{len(run.nodes)} machines, {run.name}: weights within {worst:.1e} of the reference")
+        losses = max([losses, *(abs(row[name] - expected[name]) for name in row if row[name] == row[name])])
+    print(f"\n{len(run.nodes)} machines, {run.name}: weights within {max(apart.values()):.1e} of the reference")
+    return {
+        "losses": losses,
+        "gradients_of_the_first_step": apart[1] / LEARNING_RATE,
+        "weights_after_the_first_step": apart[1],
+        f"weights_after_step_{STEPS}": apart[STEPS],
+    }
 
 
 @pytest.mark.parametrize("count", NODES)
-def test_shards_on_several_machines_train_as_one_process(forked, settings, alone, logs, count):
+def test_shards_on_several_machines_train_as_one_process(forked, settings, alone, logs, results, count):
     with cluster(count) as nodes:
         run = Run(nodes, forked, settings, logs, "fsdp2", "parallel.strategy=fsdp2")
         assert run.finish() == [0] * count
-    assert_trained_alike(run, alone, TOLERANCE)
+    apart = assert_trained_alike(run, alone, TOLERANCE)
+    results.passed("sharded", count, "fsdp2", largest_difference=apart)
 
 
 @pytest.mark.parametrize("count", NODES)
-def test_a_slow_machine_slows_a_dead_one_is_named_and_the_run_resumes_exactly(forked, settings, alone, logs, count):
+def test_a_slow_machine_slows_a_dead_one_is_named_and_the_run_resumes_exactly(
+    forked, settings, alone, logs, results, count
+):
     """Machines train as one process does; what goes on after a loss is bit for bit the run that nothing happened to."""
     with cluster(count) as nodes:
         whole = Run(nodes, forked, settings, logs, "whole")
@@ -188,14 +215,14 @@ def test_a_slow_machine_slows_a_dead_one_is_named_and_the_run_resumes_exactly(fo
         nodes[-1].send(signal.SIGCONT)
         with nodes[-1].slowed():
             assert whole.finish() == [0] * count
-        assert_trained_alike(whole, alone, TOLERANCE)
+        apart = assert_trained_alike(whole, alone, TOLERANCE)
 
         broken = Run(nodes, FRESH, settings, logs, "broken")
         broken.wait_for_step(2)
         nodes[-1].send(signal.SIGSTOP)  # no further step is finished: it dies in the middle of one
         time.sleep(1)
         nodes[-1].send(signal.SIGKILL)
-        assert_the_others_end(broken, nodes[-1], nodes[:-1])
+        end = assert_the_others_end(broken, nodes[-1], nodes[:-1])
         last, _ = broken.checkpoints()[-1]
         assert 2 <= last < STEPS
         resumed = Run(nodes, forked, settings, logs, "broken")
@@ -204,22 +231,26 @@ def test_a_slow_machine_slows_a_dead_one_is_named_and_the_run_resumes_exactly(fo
     found, expected = resumed.weights(STEPS), whole.weights(STEPS)
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-    for row, expected in zip(resumed.losses(), whole.losses(), strict=True):
-        assert row == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+    for row, unbroken in zip(resumed.losses(), whole.losses(), strict=True):
+        assert row == pytest.approx(unbroken, rel=0, abs=0, nan_ok=True)
+    same = all(torch.equal(found[name], expected[name]) for name in expected)
+    exact = {"resumed_from_step": last, "compared_after_step": STEPS, "resumed_bit_for_bit": same}
+    results.passed("killed", count, "ddp", largest_difference=apart, **end, **exact)
 
 
-def test_a_machine_that_is_cut_off_is_named(forked, settings, logs):
+def test_a_machine_that_is_cut_off_is_named(forked, settings, logs, results):
     """It closes no connection, as one without power: nobody would ever hear of it. It names the other side itself."""
     with cluster(2) as nodes:
         run = Run(nodes, forked, settings, logs, "cut", "trainer.max_steps=100000", "checkpoint.every_n_steps=1000")
         run.wait(lambda: (logs / "cut/metrics.csv").exists())
         nodes[1].unplug()
-        assert_the_others_end(run, nodes[1], nodes[:1])
+        end = assert_the_others_end(run, nodes[1], nodes[:1])
         run.wait(lambda: f"no answer from rank 0 ({nodes[0].name})" in run.log(nodes[1]).read_text())
+    results.passed("cut off", 2, "ddp", **end)
 
 
 def assert_the_others_end(run, lost, others):
-    """Each says who is lost, and no process is left, within the time that the guide promises."""
+    """Each says who is lost, and no process is left, within the time that the guide promises. Returns what was seen."""
     since = time.monotonic()
     named = None
     while any(node.processes() for node in others):
@@ -233,3 +264,13 @@ def assert_the_others_end(run, lost, others):
         assert "LostRankError" in run.log(node).read_text()
     assert all(run.processes[node.number - 1].wait() != 0 for node in others)
     print(f"\n{len(run.nodes)} machines, {run.name}: named after {named or ended:.1f} s, ended after {ended:.1f} s")
+    said = {
+        node.name: [line for line in run.log(node).read_text().splitlines() if "LostRankError" in line][-1].strip()
+        for node in others
+    }
+    return {
+        "lost": lost.name,
+        "named_after_seconds": round(named or ended, 1),
+        "ended_after_seconds": round(ended, 1),
+        "message_last_line": said,
+    }
