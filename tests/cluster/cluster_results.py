@@ -43,6 +43,7 @@ class ClusterResults:
         result = {
             "benchmark": "cluster",
             **self.environment,
+            "nodes": sorted({nodes for _, nodes in self.expected}),
             "network": "machines are network namespaces of one, on a bridge; gloo, one process a machine",
             "load_at_start": round(self.load, 2),
             "load_at_end": round(os.getloadavg()[0], 2),

@@ -8,10 +8,11 @@ import pytest
 from cluster_results import ClusterResults
 
 
-def test_a_file_is_written_once_every_case_has_passed(tmp_path):
+def test_a_file_is_written_once_every_case_has_passed(tmp_path, capsys):
     results = ClusterResults([("sharded", 2), ("killed", 2)], tmp_path / "new")
     results.passed("killed", 2, "ddp", resumed_bit_for_bit=True)
     assert results.write() is None
+    assert "no result file, without sharded (2 machines)" in capsys.readouterr().out
     assert not (tmp_path / "new").exists()
     results.passed("sharded", 2, "fsdp2", largest_difference={"losses": 1e-7})
     path = results.write()
