@@ -191,7 +191,7 @@ def write_manifests(plan: Plan, data_root: Path) -> None:
     def rows(name: str, reference: str) -> list[dict[str, Any]]:
         lines = (source / f"{name}.json").read_text(encoding="utf-8").splitlines()
         found = [row for row in map(json.loads, lines) if reference in row]
-        return [{**row, "audio_filepath": os.path.abspath(source / row["audio_filepath"])} for row in found]
+        return [{**row, "audio_filepath": os.path.realpath(source / row["audio_filepath"])} for row in found]
 
     def write(path: Path, chosen: list[dict[str, Any]]) -> None:
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in chosen)
