@@ -93,7 +93,7 @@ pretrain: setup data  ## stage 1 of the tiny model on the demonstration corpus; 
 	@echo "run folder: $(EXP_DIR)/$(NAME)"
 	@$(RUN) scripts/report.py "$(EXP_DIR)/$(NAME)"
 
-demo: setup data  ## the whole path: stage 1, kill and resume, stage 2, stock NeMo models, transcripts, translations
+demo: setup data  ## the whole path: pre-train, kill and resume, stock NeMo models, transcripts, translations, report
 	@$(RUN) scripts/demo.py --exp-dir "$(EXP_DIR)/demo" $(ARGS)
 
 oracle: setup  ## does it learn across modalities? three seeds on an artificial language; again: go on

@@ -1,4 +1,4 @@
-"""The whole story on human speech, in minutes on a CPU: pre-train, kill, resume, stage 2, transcribe, translate.
+"""The whole story on human speech, in minutes on a CPU: pre-train, kill, resume, fine-tune, transcribe, translate.
 
     python scripts/demo.py [--exp-dir runs/demo] [--data-root data/prompts]
 
@@ -27,8 +27,7 @@ def parse_arguments() -> argparse.Namespace:
         "--exp-dir", type=Path, default=Path("runs/demo"), help="run folders go here; default: %(default)s"
     )
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
-    parser.add_argument("--stage1-steps", type=int, default=700, help="default: %(default)s")
-    parser.add_argument("--stage2-steps", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--pretrain-steps", type=int, default=800, help="default: %(default)s")
     parser.add_argument("--finetune-steps", type=int, default=600, help="of recognition; default: %(default)s")
     parser.add_argument("--translation-steps", type=int, default=500, help="default: %(default)s")
     return parser.parse_args()
@@ -91,48 +90,44 @@ def main() -> None:
     started = time.perf_counter()
     folder = options.exp_dir
     common = ["model=tiny", f"exp_manager.exp_dir={folder}", f"data.root={options.data_root}"]
-    names = ("slam_stage1", "prompts_stage2", "asr_ctc", "st")
-    stage1, stage2, recogniser, translator = (folder / name / f"{name}.nemo" for name in names)
+    names = ("prompts_one_stage", "asr_ctc", "st")
+    pretrained, recogniser, translator = (folder / name / f"{name}.nemo" for name in names)
     manifests = options.data_root / "manifests"
 
     say("1. Human speech: telephone prompts in English, Spanish and French, and public-domain text")
     run("prepare_data.py", "prompts", "--root", options.data_root)
 
-    say("2. Stage 1: masked speech and masked text in one encoder; killed on the way")
-    arguments = ["--config-name", "slam_stage1", *common, *steps(options.stage1_steps)]
-    checkpoints = stage1.parent / "checkpoints"
+    say("2. Pre-training: speech, text and speech-text pairs in one encoder, all objectives at once; killed on the way")
+    arguments = ["--config-name", "prompts_one_stage", *common, *steps(options.pretrain_steps)]
+    checkpoints = pretrained.parent / "checkpoints"
     if not list(checkpoints.glob("*.ckpt")):
         run_and_kill("speech_pretrain.py", checkpoints, *arguments)
     run("speech_pretrain.py", *arguments)
 
-    say("3. Stage 2: adds translation language modelling, matching and CTC on transcribed English and French speech")
-    arguments = ["--config-name", "prompts_stage2", *common, *steps(options.stage2_steps)]
-    run("speech_pretrain.py", *arguments, f"init_from={stage1}")
-
-    say("4. Spanish speech recognition: a stock NeMo CTC model around the pre-trained encoder")
+    say("3. Spanish speech recognition: a stock NeMo CTC model around the pre-trained encoder")
     arguments = ["--config-name", "asr_ctc", *common, "data.language=es", *steps(options.finetune_steps)]
-    run("speech_finetune.py", *arguments, f"init_from={stage2}")
+    run("speech_finetune.py", *arguments, f"init_from={pretrained}", "reinit_last_layers=2")
 
-    say("5. Transcripts of test prompts, which no stage has seen")
+    say("4. Transcripts of test prompts, which no training has seen")
     out = folder / "es_test.jsonl"
     run("transcribe.py", recogniser, manifests / "es_test.json", "--out", out)
     show(out, {"text": "reference", "pred_text": "heard"})
     run("evaluate.py", out)
 
-    say("6. Spanish and French speech to English text: a stock NeMo translation model around the same encoder")
+    say("5. Spanish and French speech to English text: a stock NeMo translation model around the same encoder")
     arguments = ["--config-name", "st", *common, *steps(options.translation_steps)]
-    run("speech_finetune.py", *arguments, f"init_from={stage2}")
+    run("speech_finetune.py", *arguments, f"init_from={pretrained}")
 
-    say("7. Translations of test prompts, which no stage has seen")
+    say("6. Translations of test prompts, which no training has seen")
     test, translations = folder / "st_test.json", folder / "st_test.jsonl"
     with_translation([manifests / f"{language}_test.json" for language in ("es", "fr")], test)
     run("transcribe.py", translator, test, "--out", translations)
     show(translations, {"text": "said", "translation": "reference", "pred_text": "translated"})
     run("evaluate.py", translations, "--reference", "translation", "--metrics", "bleu", "chrf")
 
-    say("8. A report to look at: curves, health, examples, transcripts with their errors marked")
+    say("7. A report to look at: curves, health, examples, transcripts with their errors marked")
     report = folder / "report.html"
-    runs = [nemo.parent for nemo in (stage1, stage2, recogniser, translator)]
+    runs = [nemo.parent for nemo in (pretrained, recogniser, translator)]
     run("report.py", *runs, "--transcripts", out, "--out", report)
 
     minutes = (time.perf_counter() - started) / 60
