@@ -36,11 +36,10 @@ class Ablations:
         seeds: of pre-training, and of the fine-tuning after it.
     """
 
-    config: str = "prompts_stage2"
+    config: str = "prompts_one_stage"
     steps: int = 400
     keys: tuple[str, ...] = (
         "model=tiny",
-        "model.quantizer.steps_before=0",  # no stage before
         "data.train_ds.speech.frames_per_step=1000",
         "data.train_ds.text.tokens_per_step=300",
         "data.train_ds.pairs.frames_per_step=1000",
