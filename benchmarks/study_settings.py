@@ -103,7 +103,8 @@ class Study:
                 },
             ),
             "short": Task(
-                *("Spanish recognition (CTC) in a third of the steps", "asr_ctc", 200, _ARMS, ("all",)),
+                *("Spanish recognition (CTC) in a third of the steps", "asr_ctc", 200),
+                *(("stage2", "one-stage"), ("all",)),
                 *("text", ("cer", "wer"), ("es",)),
                 keys=("model.optim_param_groups.encoder.warmup_steps=50",),
             ),

@@ -274,8 +274,8 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
         "60.0, kept trained; one-stage: trained 70.0, frozen 60.0, kept frozen. The first seed's run with what was "
         "kept is one of those compared.\n"
     ) in text
-    # Two seeds of three tasks with five arms and one with three; with the first seed the others of two tasks' choices.
-    hours = (4 * 600 + 60 * (1 + 2 * (3 * 5 + 3) + 5 + 5)) / 3600
+    # Two seeds of two tasks with five arms and two with three; with the first seed the others of two tasks' choices.
+    hours = (4 * 600 + 60 * (1 + 2 * (2 * 5 + 2 * 3) + 5 + 5)) / 3600
     assert f"{hours:.2f} hours in all" in text
 
     # Of the page nothing stays the same when the numbers turn round.
