@@ -100,7 +100,8 @@ def test_cited_result_files_are_there_and_the_newest_of_their_kind():
     assert cited
     for page, name in sorted(cited):
         kind = re.sub(r"_\d{4}-\d\d-\d\dT\d{6}\.json$", "", name)
-        newest = max((path.name for path in results.glob(f"{kind}_*T*.json")), default=name)
+        stamped = re.compile(rf"{re.escape(kind)}_\d{{4}}-\d\d-\d\dT\d{{6}}\.json")
+        newest = max((path.name for path in results.iterdir() if stamped.fullmatch(path.name)), default=name)
         assert (results / name).is_file(), f"{page} cites {name}, which does not exist"
         assert name == newest, f"{page} cites {name}; {newest} is newer"
 
