@@ -116,7 +116,7 @@ def test_two_experiments_at_once_run_a_step_once(slow_step, tmp_path):
     second = slow_step()
     assert line_of(second) == WAITS.format(tmp_path)
     (tmp_path / "go").touch()
-    assert first.wait(30) == second.wait(30) == 0
+    assert first.wait(120) == second.wait(120) == 0
     assert second.stdout.read() == ""
     assert (tmp_path / "calls").read_text() == "call "
 
@@ -125,13 +125,14 @@ def test_a_killed_experiment_leaves_no_lock_but_its_commands(slow_step, tmp_path
     """A command that goes on without its experiment is waited for; then the step, not noted as done, is run."""
     first = slow_step()
     while not (tmp_path / "calls").exists():  # the line about it is printed before it starts
+        assert first.poll() is None
         time.sleep(0.02)
     first.kill()
     first.wait()
     second = slow_step()
     assert line_of(second) == WAITS.format(tmp_path)
     (tmp_path / "go").touch()
-    assert second.wait(30) == 0
+    assert second.wait(120) == 0
     assert (tmp_path / "calls").read_text() == "call call "
-    assert slow_step().wait(30) == 0
+    assert slow_step().wait(120) == 0
     assert (tmp_path / "calls").read_text() == "call call "
