@@ -89,6 +89,8 @@ def test_at_its_end_a_loader_leaves_nothing_to_the_garbage_collector(monkeypatch
     workers = list(batches._workers)
     assert len(workers) == 2
     assert list(batches) == []
+    for worker in workers:
+        worker.join(timeout=60)  # torch waits for seconds, and goes on
     assert not any(worker.is_alive() for worker in workers)
     batches.itself = batches  # a run's objects, too, refer to each other
     del batches, workers
