@@ -11,6 +11,7 @@ import yaml
 
 from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_config, read_pretrained
 from nemo_slam.models.encoder import SLAMEncoder
+from nemo_slam.models.pretraining import SLAMPretrainingModel
 
 RUN_TIME = {"conformer": {"dropout": 0.3, "d_model": 999}, "pad_multiple": 4}
 
@@ -48,21 +49,21 @@ def test_every_weight_of_the_encoder_is_loaded(pretrained_nemo, model_config):
         assert torch.equal(tensor, original[name]), name
 
 
-def test_the_last_layers_may_keep_their_random_weights(pretrained_nemo):
-    pretrained = read_pretrained(pretrained_nemo)
+def test_the_last_layers_may_keep_their_random_weights(model_config, tmp_path):
+    SLAMPretrainingModel(model_config(multimodal_encoder={"num_layers": 2})).save_to(str(tmp_path / "slam.nemo"))
+    pretrained = read_pretrained(tmp_path / "slam.nemo")
     node = encoder_node({"conformer": {}}, pretrained)
     node.pop("_target_")
-    node["multimodal_encoder"] = {**node["multimodal_encoder"], "num_layers": 1}
     encoder = SLAMEncoder(**node)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     report = initialise_encoder(encoder, pretrained, 1.0, reinit_last_layers=1)
     assert not report.left  # they are in the file all the same
-    last = "multimodal_encoder.layers.0."
+    last = "multimodal_encoder.layers.1."
     assert any(name.startswith(last) for name in before)
     for name, tensor in encoder.state_dict().items():
         assert torch.equal(tensor, (before if name.startswith(last) else pretrained.weights)[name]), name
-    with pytest.raises(ValueError, match=r"must be 0 to 1, the multimodal layers: 2"):
-        initialise_encoder(encoder, pretrained, 1.0, reinit_last_layers=2)
+    with pytest.raises(ValueError, match=r"must be 0 to 2, the multimodal layers: 3"):
+        initialise_encoder(encoder, pretrained, 1.0, reinit_last_layers=3)
 
 
 def test_too_little_loaded_stops_and_says_what_fits(pretrained_nemo):
