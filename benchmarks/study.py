@@ -147,8 +147,8 @@ class Plan:
         from nemo_slam.evaluation.text_metrics import LOWER_IS_BETTER
 
         task = self.tasks[name]
-        if len(task.choices) == 1:
-            return next(iter(task.choices))
+        if len(task.choices_of(arm)) == 1:
+            return next(iter(task.choices_of(arm)))
         scores = self.trial_scores(name, arm, labels)
         return (min if task.metrics[0] in LOWER_IS_BETTER else max)(scores, key=scores.__getitem__)
 
@@ -173,7 +173,7 @@ class Plan:
 
     def preparation(self) -> list[Step]:
         """Pre-training, and the trials where there is something to choose."""
-        cells = [cell for cell in self.cells() if len(self.tasks[cell[0]].choices) > 1]
+        cells = [cell for cell in self.cells() if len(self.tasks[cell[0]].choices_of(cell[1])) > 1]
         trials = [step for cell in cells for pair in self.trials(*cell).values() for step in pair]
         return [*self.pretraining(), *self.starts(), *trials]
 

@@ -35,6 +35,7 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
         "longest_test": plan.study.longest_test,
         "settings": asdict(plan.study),
         "seeds": plan.seeds,
+        "history": plan.study.history,
         "arms": {
             arm: {
                 "chain": [[name, plan.study.arms[name].steps] for name in plan.chain(arm)],
@@ -64,7 +65,7 @@ def table(plan: Plan, name: str, labels: str, notes: Mapping[str, float]) -> dic
         rows[arm]["rank_before"] = _rank(plan.rank_before(name, arm))
         rows[arm]["rank_after"] = sum(ranks) / len(ranks)
         rows[arm]["choice"] = plan.choice(name, arm, labels)
-        rows[arm]["trials"] = plan.trial_scores(name, arm, labels) if len(task.choices) > 1 else {}
+        rows[arm]["trials"] = plan.trial_scores(name, arm, labels) if len(task.choices_of(arm)) > 1 else {}
         rows[arm]["minutes"] = sum(notes[run] for run in own) / len(own) / 60
     first = plan.nemo(runs[plan.arms[name][0]][0])
     train = config_of(first)["data"]["train_ds"]
@@ -77,6 +78,7 @@ def table(plan: Plan, name: str, labels: str, notes: Mapping[str, float]) -> dic
         "seconds_per_step": train["frames_per_step"] / 100,
         "parameters": sum(p.numel() for p in restore(first).parameters()),
         "metrics": list(task.metrics),
+        "choices": {arm: task.choices_of(arm) for arm in runs},
         "marks": dict(task.marks) if labels == "all" else {},
         "arms": rows,
     }

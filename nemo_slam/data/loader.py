@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.batch import StepBatch
@@ -145,7 +144,7 @@ def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool
         workers = {"prefetch_factor": prefetch, "worker_init_fn": _end_with_the_reader, "collate_fn": share}
     # A generator of its own: a loader draws its workers' base seed from the global one, which a resumed run must find
     # untouched.
-    return _Loader(
+    return DataLoader(
         dataset,
         batch_size=None,
         sampler=numbers,
@@ -154,35 +153,6 @@ def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool
         generator=torch.Generator(),
         **workers,
     )
-
-
-class _Loader(DataLoader):
-    def _get_iterator(self) -> _BaseDataLoaderIter:
-        if not self.num_workers:
-            return super()._get_iterator()
-        self.check_worker_number_rationality()
-        return _Workers(self)
-
-
-class _Workers(_MultiProcessingDataLoaderIter):
-    """torch's iterator, but what could not begin ends without a word.
-
-    Where there is no room for a semaphore, or no process more, torch's is half made, and its ``__del__`` prints an
-    AttributeError below the error that says why.
-    """
-
-    _worker_pids_set = False
-
-    def __init__(self, loader: DataLoader):
-        try:
-            super().__init__(loader)
-        except BaseException:
-            if not self._worker_pids_set:  # else it has begun, and ends as it does otherwise
-                self._shutdown = True  # for __del__
-                for worker in getattr(self, "_workers", ()):
-                    worker.kill()  # it has read nothing yet, and may have inherited a handler of SIGTERM
-                    worker.join()
-            raise
 
 
 def _end_with_the_reader(worker: int) -> None:

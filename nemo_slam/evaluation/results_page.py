@@ -25,8 +25,8 @@ def page(study: Mapping[str, Any]) -> str:
         f"{study['longest_test']:g} s) too. These figures compare ways to start; they do not say how well anything "
         "recognises or translates speech.",
         "",
-        "Fine-tuning has the same steps for all arms, and each arm chooses among the same settings where a table names "
-        f"some, on the dev utterances with the first seed. {len(seeds)} seed(s) "
+        "Fine-tuning has the same steps for all arms, and where a table names settings each arm chooses among as many, "
+        f"on the dev utterances with the first seed. {study['history']} {len(seeds)} seed(s) "
         f"({', '.join(map(str, seeds))}). **Each arm was pre-trained once**, and its fine-tuning seeds share that "
         "encoder: nothing here says how far another pre-training would have come. Intervals: 95%, by "
         f"{RESAMPLES} bootstrap resamples of the utterances, each drawn with all its seeds; differences are paired.",
@@ -99,8 +99,13 @@ def _trials(table: Mapping[str, Any]) -> list[str]:
         return []
     scores = {arm: ", ".join(f"{name} {score:.1f}" for name, score in found.items()) for arm, found in tried.items()}
     said = "; ".join(f"{arm}: {found}, kept {table['arms'][arm]['choice']}" for arm, found in scores.items())
-    again = "The first seed's run with what was kept is one of those compared."
-    return ["", f"Settings tried, {_name(table['metrics'][0])} of the dev utterances: {said}. {again}"]
+    keys = {name: " ".join(keys) for choices in table["choices"].values() for name, keys in choices.items()}
+    means = ", ".join(f"{name} `{value}`" for name, value in keys.items() if value)
+    return [
+        "",
+        f"Settings tried, {_name(table['metrics'][0])} of the dev utterances: {said}. The first seed's run with what "
+        f"was kept is one of those compared. What they mean: {means}.",
+    ]
 
 
 def _beside(table: Mapping[str, Any], mark: Mapping[str, float]) -> str:

@@ -170,7 +170,7 @@ def initialise_encoder(
         ValueError: less than ``minimum`` was loaded, or there are not so many layers.
     """
     layers = list(encoder.get_submodule("multimodal_encoder.layers").children())
-    if not 0 <= reinit_last_layers <= len(layers):
+    if not isinstance(reinit_last_layers, int) or not 0 <= reinit_last_layers <= len(layers):
         raise ValueError(f"reinit_last_layers must be 0 to {len(layers)}, the multimodal layers: {reinit_last_layers}")
     last = layers[len(layers) - reinit_last_layers :]
     random = [copy.deepcopy(layer.state_dict()) for layer in last]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import multiprocessing
-import multiprocessing.synchronize
 import resource
 import signal
-import sys
 import threading
 import time
 
@@ -56,28 +53,6 @@ def test_no_room_is_an_error_with_a_way_out():
     assert said.startswith("OSError")
     for part in ("a batch of 4.0 MiB", "/dev/shm has", "--shm-size", "data.num_workers"):
         assert part in said
-
-
-@pytest.mark.parametrize("made", [0, 2, 3, 7, 8, 11, 12])
-def test_no_room_for_a_semaphore_is_one_error_and_leaves_no_worker(monkeypatch, made):
-    """Of the 14 that two workers take: three of each queue, five of an event. The last two values: one has started."""
-    semaphore, number, printed = multiprocessing.synchronize._multiprocessing.SemLock, iter(range(made)), []
-
-    def limited(*arguments):
-        if next(number, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return semaphore(*arguments)
-
-    before = set(multiprocessing.active_children())
-    gc.collect()  # what earlier tests have left
-    with monkeypatch.context() as patch:
-        patch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", limited)
-        patch.setattr(sys, "unraisablehook", printed.append)
-        with pytest.raises(OSError, match="No space left on device"):
-            iter(step_loader(Batches(), 0, 4, num_workers=2))
-        gc.collect()
-    assert printed == []
-    assert set(multiprocessing.active_children()) <= before
 
 
 def test_at_its_end_a_loader_leaves_nothing_to_the_garbage_collector(monkeypatch):
