@@ -25,7 +25,8 @@ def problem(rows, width, num, *, dtype=torch.float32, seed=0, missing=0.2, close
     return contexts.to(dtype).requires_grad_(), targets.to(dtype).requires_grad_(), drawn
 
 
-def compare(rows, width, num, backend, *, tolerance=1e-5, temperature=0.1, **options):
+def compare(rows, width, num, backend, *, tolerance=1e-5, temperature=0.1, certain=False, **options):
+    """``certain``: rows may be so near to p = 1 that 1 - p, their gradient, is mostly rounding of logits to 1 / t."""
     contexts, targets, drawn = problem(rows, width, num, **options)
     loss, correct = span_contrastive(contexts, targets, drawn, temperature=temperature, backend=backend)
     expected, right = contrastive(contexts, targets, drawn, temperature)
@@ -38,7 +39,11 @@ def compare(rows, width, num, backend, *, tolerance=1e-5, temperature=0.1, **opt
     theirs = torch.autograd.grad(expected * 0.7, (contexts, targets))
     for a, b, t in zip(ours, theirs, (contexts, targets), strict=True):
         assert a.dtype == t.dtype
-        assert float((a.double() - b.double()).abs().max()) <= tolerance * max(float(b.abs().max()), 1e-3)
+        allowed = tolerance * max(float(b.abs().max()), 1e-3)
+        if certain:
+            rounding = torch.finfo(torch.float32).eps / temperature
+            allowed += 0.7 * rounding / (temperature * rows * float(t.detach().norm(dim=1).min()))
+        assert float((a.double() - b.double()).abs().max()) <= allowed
 
 
 @pytest.mark.parametrize(("rows", "width", "num"), [(1, 8, 3), (40, 16, 10), (37, 24, 7), (300, 12, 5), (20, 130, 100)])
@@ -61,7 +66,8 @@ def test_float64_stays_float64(backend):
 )
 def test_any_shape(rows, width, num, temperature, missing, seed):
     backend = BACKEND
-    compare(rows, width, num, backend, temperature=temperature, missing=missing, seed=seed, tolerance=3e-5)
+    options = {"temperature": temperature, "missing": missing, "seed": seed}
+    compare(rows, width, num, backend, tolerance=3e-5, certain=True, **options)
 
 
 def test_no_rows_stay_connected(backend):
