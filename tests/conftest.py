@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # ModelPT and the experiment manager look at these; nothing in the tests may reach out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+# The same examples in every run; HYPOTHESIS_PROFILE=default draws others.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 WORDS = ["one", "two", "three", "press", "star", "the", "number", "of", "call", "please", "hold", "line", "conference"]
 
