@@ -16,12 +16,15 @@ from pathlib import Path
 import nemo_slam
 
 FILE_NAME = "environment.json"
-PACKAGES = ("torch", "triton", "nemo_toolkit", "lightning", "transformer_engine", "numpy")
+PACKAGES = ("triton", "nemo_toolkit", "lightning", "transformer_engine", "numpy")
 
 
 def package_versions() -> dict[str, str]:
     """Python and what results depend on; a package that is not installed is left out."""
-    versions = {"python": platform.python_version()}
+    import torch
+
+    # torch's own word names the build (+cpu, +cu130), which its package's metadata may leave out.
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in PACKAGES:  # by `version`, which takes nemo_toolkit for nemo-toolkit
         try:
             versions[name] = importlib.metadata.version(name)
