@@ -65,11 +65,13 @@ class FastestAdamW:
 
 
 class TorchAdamW(torch.optim.AdamW):
-    """torch's, fused on a GPU."""
+    """torch's, fused on a GPU; without decay unless one is given, as apex's (torch's own default is 0.01)."""
 
-    def __init__(self, params: list[Any], betas: tuple[float, float] = (0.9, 0.999), **options: Any):
+    def __init__(
+        self, params: list[Any], betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 0.0, **options: Any
+    ):
         fused = True if _device(params).type == "cuda" else None
-        super().__init__(params, betas=(betas[0], betas[1]), fused=fused, **options)
+        super().__init__(params, betas=(betas[0], betas[1]), weight_decay=weight_decay, fused=fused, **options)
         # A fused optimizer claims that it divides by a loss scale itself, at which Lightning refuses to clip. There is
         # no loss scale in bfloat16 (the guard refuses 16-mixed).
         self._step_supports_amp_scaling = False

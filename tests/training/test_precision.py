@@ -7,8 +7,10 @@ import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "modules"))
 import te_stand_in
@@ -20,6 +22,7 @@ from nemo_slam.training.optimizers import FastestAdamW, implementation
 from nemo_slam.training.precision import check_run
 from slam_kernels import BackendError
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -231,3 +234,25 @@ def test_adamw_takes_any_iterable_and_clips_under_lightning():
     optimizer = FastestAdamW(module.parameters(), lr=1e-3, betas=[0.9, 0.98])
     assert len(optimizer.param_groups[0]["params"]) == 2
     assert optimizer._step_supports_amp_scaling is False  # Lightning refuses to clip where it is true
+
+
+@pytest.mark.parametrize("size", ["slam", "base"])
+def test_the_papers_optimizer_is_adam(size):
+    """As NeMo makes it from the config, which names no decay: Kingma and Ba's algorithm 1, and nothing else."""
+    from nemo.core.optim import get_optimizer
+
+    options = dict(OmegaConf.load(CONF / "model" / "slam.yaml").model.optim)
+    options |= dict(OmegaConf.load(CONF / "model" / f"{size}.yaml").model.optim)
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float64))
+    keys = {key: value for key, value in options.items() if key not in ("name", "sched")}
+    optimizer = get_optimizer(options["name"])([parameter], **keys)
+
+    theta, m, v = parameter.detach().numpy().copy(), np.zeros(6), np.zeros(6)
+    for t in range(1, 31):
+        gradient = np.sin(np.arange(6.0) + t) * (np.arange(6) > 1)  # two weights that no loss reaches
+        parameter.grad = torch.from_numpy(gradient)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.98 * v + 0.02 * gradient**2
+        theta -= options["lr"] * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.98**t)) + 1e-8)
+    np.testing.assert_allclose(parameter.detach().numpy(), theta, rtol=1e-10)
+    assert parameter[:2].tolist() == torch.linspace(-1, 1, 6, dtype=torch.float64)[:2].tolist()
