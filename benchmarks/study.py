@@ -3,12 +3,11 @@
     python benchmarks/study.py                                  # everything: hours on two cores
     python benchmarks/study.py --arms scratch stage2 --seeds 0  # a part; more later, the rest is kept
     python benchmarks/study.py --quick --folder /tmp/study      # two steps a run: whether it works, not what is true
-    python benchmarks/study.py --study configurations           # other ways to pre-train, that were tried, one seed
 
 Every run is a command of this project with its own run folder; calling again goes on where it stopped. Pre-training
 sees training splits only. All arms get the same fine-tuning steps and choose among the same settings, on dev
-utterances. A whole study writes benchmarks/results/NAME.json and docs/NAME.md, a part of it or --quick writes to
---folder. What it consists of, steps, arms and settings, stands in study_settings.py.
+utterances. The whole study writes benchmarks/results/results.json and docs/results.md, a part of it or --quick writes
+to --folder. What it consists of, steps, arms and settings, stands in study_settings.py.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from steps import ROOT, Step, run  # these two beside this file
-from study_settings import BASELINE, STUDIES, STUDY
+from study_settings import BASELINE, STUDY
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--study", choices=list(STUDIES), default=STUDY.name, help="default: %(default)s")
     parser.add_argument("--folder", type=Path, default=Path("runs/study"), help="run folders; default: %(default)s")
     parser.add_argument("--data-root", type=Path, default=Path("data/prompts"), help="default: %(default)s")
     parser.add_argument("--tasks", nargs="+", help="default: all")
@@ -36,8 +34,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two steps a run")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     options = parser.parse_args(arguments)
-    study = STUDIES[options.study]
-    known = {"arms": [BASELINE, *study.arms], "tasks": list(study.tasks), "seeds": list(study.seeds)}
+    known = {"arms": [BASELINE, *STUDY.arms], "tasks": list(STUDY.tasks), "seeds": list(STUDY.seeds)}
     for name, values in known.items():
         asked = getattr(options, name)
         if name != "seeds" and (unknown := set(asked or ()) - set(values)):
@@ -50,8 +47,7 @@ class Plan:
     """All commands of what the options name."""
 
     def __init__(self, options: argparse.Namespace):
-        study = STUDIES[options.study]
-        self.study = study.quick() if options.quick else study
+        self.study = STUDY.quick() if options.quick else STUDY
         self.folder: Path = options.folder
         self.tasks = {name: task for name, task in self.study.tasks.items() if name in options.tasks}
         self.arms = {
@@ -231,7 +227,7 @@ def main() -> None:
 
     from study_results import results, write  # beside this file
 
-    everything = parse_arguments(["--study", options.study])
+    everything = parse_arguments([])
     whole = not options.quick and (options.arms, options.tasks) == (everything.arms, everything.tasks)
     whole = whole and set(options.seeds) >= set(everything.seeds)
     places = (ROOT / "benchmarks" / "results", ROOT / "docs") if whole else (options.folder, options.folder)

@@ -29,8 +29,6 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
     ]
     pretrained = {arm: config_of(plan.nemo(arm)) for arms in plan.arms.values() for arm in arms if arm != BASELINE}
     return {
-        "title": plan.study.title,
-        "name": plan.study.name,
         "corpus": json.loads((data_root / "corpus.json").read_text())["speakers"],
         "longest_test": plan.study.longest_test,
         "settings": asdict(plan.study),
@@ -118,12 +116,12 @@ def seconds_of(plan: Plan) -> dict[str, float]:
 
 
 def write(found: Mapping[str, Any], numbers: Path, text: Path) -> None:
-    """The study's numbers and its page in these folders, under its name."""
+    """The study's numbers and its page in these folders."""
     from nemo_slam.evaluation.results_page import page
 
     for folder, name, content in (
-        (numbers, f"{found['name']}.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
-        (text, f"{found['name']}.md", page(found)),
+        (numbers, "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n"),
+        (text, "results.md", page(found)),
     ):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(content, encoding="utf-8")

@@ -64,16 +64,14 @@ class Study:
     """Everything that the results depend on.
 
     Attributes:
-        title, name: of its page, docs/<name>.md, and its numbers, benchmarks/results/<name>.json.
         history: how the settings came about, for the page.
     """
 
-    title: str = "Results: does pre-training help?"
-    name: str = "results"
     history: str = (
         "Not all settings were fixed beforehand: characters instead of word pieces, the objectives' weights, the arm "
         "`one-stage` and the choices `afresh` and `dropout` were taken up after trials on these utterances, so the "
-        "best arm has been found with some hindsight; what an arm keeps is decided by dev utterances alone."
+        "best arm has been found with some hindsight; what an arm keeps is decided by dev utterances alone. Two runs "
+        "at a time, and other work, shared two cores: minutes are an upper bound."
     )
     common: tuple[str, ...] = ("model=tiny",)
     seeds: tuple[int, ...] = (0, 1, 2)  # of fine-tuning; an arm is pre-trained once
@@ -138,42 +136,3 @@ class Study:
 
 
 STUDY = Study()
-
-_CTC_ALONE = tuple(
-    f"model.objectives.{name}=null" for name in ("masked_speech", "masked_text", "translation_lm", "matching")
-)
-_ONE_STAGE = STUDY.arms["one-stage"]
-_OTHERS = {
-    "low_rate": Pretraining("slam_stage1", 1200, ("model.optim.lr=5.0e-4",)),
-    "frozen_codes": Pretraining(
-        *("slam_stage1", 1200),
-        (
-            *("model.quantizer=null", "model.random_projection={num_codes: 64, code_dim: 16}"),
-            *("model.speech_loss.contrastive_weight=0", "model.speech_loss.diversity_weight=0"),
-        ),
-    ),
-    "paper_stage2": Pretraining("slam_stage2", 600, after="stage1"),
-    "ctc_alone": Pretraining("prompts_stage2", 800, _CTC_ALONE),
-    "more_steps": replace(_ONE_STAGE, steps=1600),
-    "little_masking": replace(
-        _ONE_STAGE, keys=(*_ONE_STAGE.keys, "model.objectives.masked_speech.masking.start_probability=0.03")
-    ),
-    "all_pairs": replace(
-        _ONE_STAGE,
-        keys=(*_ONE_STAGE.keys, "data.train_ds.pairs.manifest_filepath=${data.root}/manifests/speech_train.json"),
-    ),
-}
-CONFIGURATIONS = Study(
-    title="Other ways to pre-train, that were tried",
-    name="configurations",
-    history="What to vary was chosen after the first figures of the study in results.md.",
-    seeds=STUDY.seeds[:1],
-    arms={"stage1": STUDY.arms["stage1"], **_OTHERS},
-    tasks={
-        "asr": replace(STUDY.tasks["asr"], arms=tuple(_OTHERS)),
-        # all_pairs has seen every Spanish label.
-        "few": replace(STUDY.tasks["few"], arms=tuple(name for name in _OTHERS if name != "all_pairs")),
-    },
-)
-
-STUDIES = {study.name: study for study in (STUDY, CONFIGURATIONS)}

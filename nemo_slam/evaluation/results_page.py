@@ -1,4 +1,4 @@
-"""The page that a study's numbers become, such as docs/results.md. Every statement follows from them."""
+"""The page that the study's numbers become, docs/results.md. Every statement follows from them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ def page(study: Mapping[str, Any]) -> str:
     tables = study["tables"]
     seeds = study["seeds"]
     lines = [
-        f"# {study['title']}",
+        "# Results: does pre-training help?",
         "",
-        f"Made by `python benchmarks/study.py --study {study['name']}`; the numbers are in "
-        f"`benchmarks/results/{study['name']}.json`.",
+        "Made by `make study`; the numbers are in `benchmarks/results/results.json`.",
         "",
         *(line for table in tables for line in _summary(table)),
         "",
