@@ -16,6 +16,20 @@ def composed(stage, *overrides):
     return OmegaConf.to_container(cfg, resolve=True)
 
 
+@pytest.mark.parametrize("size", ["tiny", "base", "slam"])
+def test_the_gumbel_temperature_goes_on_from_stage_to_stage(size):
+    """wav2vec 2.0, section 4.2: start * decay^step, not below the end."""
+    begins, ends = [], []
+    for stage in ("stage1", "stage2", "stage3"):
+        cfg = composed(stage, f"model={size}")
+        node, steps = cfg["model"]["quantizer"], cfg["trainer"]["max_steps"]
+        for places, step in ((begins, 0), (ends, steps)):
+            decayed = node["temperature_start"] * node["temperature_decay"] ** (node.get("steps_before", 0) + step)
+            places.append(max(node["temperature_end"], decayed))
+    assert begins[0] == 2.0
+    assert begins[1:] == pytest.approx(ends[:-1], rel=1e-9)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3", "one_stage"])
 def test_the_learning_rate_is_the_transformers_with_a_peak_of_6e_4(stage):
     from nemo.core.optim.lr_scheduler import prepare_lr_scheduler
