@@ -1,11 +1,13 @@
 """Times every operator and the whole convolution module on a GPU and writes a result file.
 
-    python kernels/benchmarks/benchmark.py [--only TEXT] [--seconds S] [--no-nemo] [--no-compile] [--slices]
+    python kernels/benchmarks/benchmark.py [--only TEXT] [--seconds S] [--no-nemo] [--compile first] [--slices]
 
 Forward, backward's share and both, and memory, against the PyTorch twin, PyTorch's own operators on the padded batch,
-NeMo's module, torch.compile, and the roofline with the copy bandwidth of the same run. A speed-up is printed only for
-an operator whose GPU tests pass in this run. ``--smoke`` runs tiny shapes on the CPU, which measures nothing and proves
-that the benchmark itself works. Without a GPU it says so and stops.
+NeMo's module, torch.compile, and the roofline with the copy bandwidth of the same run. What the project's goals ask for
+comes first, and the result file is rewritten after each workload: a run that is cut short loses what it did not reach.
+A speed-up is printed only for an operator whose GPU tests pass in this run, or in the report that ``--tests`` names.
+``--smoke`` runs tiny shapes on the CPU, which measures nothing and proves that the benchmark itself works. Without a
+GPU it says so and stops.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
+import goals
 import torch
 import workloads
 from measure import Meter
@@ -36,7 +39,10 @@ def environment(device: torch.device) -> dict:
     """Device, versions, commit."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        try:
+            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:
+            return ""  # no git on this machine
 
     try:
         import triton
@@ -57,8 +63,15 @@ def environment(device: torch.device) -> dict:
     }
 
 
-def failing_operators() -> set[str] | None:
-    """Operators with a failing GPU test; None if the tests could not run at all."""
+def failing_operators(finished: Path | None) -> set[str] | None:
+    """Operators with a failing GPU test; None if the tests could not run at all.
+
+    Args:
+        finished: a JUnit report of a run that has just been; None runs the tests now.
+    """
+    if finished is not None:
+        cases = list(ElementTree.parse(finished).iter("testcase")) if finished.is_file() else []
+        return _failing([case for case in cases if case.get("classname", "").endswith("test_kernels_gpu")])
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
@@ -66,9 +79,10 @@ def failing_operators() -> set[str] | None:
         subprocess.run(
             [*command, "tests/gpu/test_kernels_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True
         )
-        if not report.exists():
-            return None
-        cases = list(ElementTree.parse(report).iter("testcase"))
+        return _failing(list(ElementTree.parse(report).iter("testcase")) if report.exists() else [])
+
+
+def _failing(cases: list[ElementTree.Element]) -> set[str] | None:
     if not cases or all(case.find("skipped") is not None for case in cases):
         return None
     bad = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
@@ -95,22 +109,27 @@ def time_workload(work: workloads.Workload, meter: Meter, bandwidth: float) -> l
             row["forward"] = asdict(forward)
             row["forward_limit_ms"] = forward_limit * 1e3
             if work.inputs:
-                both = meter.time(lambda f=function: _both(f, work.inputs))
+                with torch.no_grad():
+                    grad = torch.randn_like(function())
+                both = meter.time(lambda f=function, g=grad: _both(f, work.inputs, g))
                 row["both"] = asdict(both)
                 row["backward_ms"] = both.median_ms - forward.median_ms
                 row["both_limit_ms"] = both_limit * 1e3
         except torch.cuda.OutOfMemoryError:
             row["error"] = "out of memory"
+        except Exception as error:  # one implementation that fails must not take the others' figures with it
+            row["error"] = f"{type(error).__name__}: {error}"[:500]
+        if "error" in row and meter.device.type == "cuda":
             torch.cuda.empty_cache()
         rows.append(row)
     return rows
 
 
-def _both(function, inputs) -> None:
+def _both(function, inputs, grad) -> None:
     out = function()
     for tensor in inputs:
         tensor.grad = None
-    out.backward(torch.ones_like(out))
+    out.backward(grad)
 
 
 def show(rows: list[dict], failing: set[str] | None) -> None:
@@ -122,7 +141,7 @@ def show(rows: list[dict], failing: set[str] | None) -> None:
         reference = next((r for r in rows if r["implementation"] == REFERENCE and kind in r), None)
         for row in rows:
             if kind not in row:
-                if "error" in row:
+                if "error" in row and kind == "forward":
                     print(f"  {kind:8s}{row['implementation']:24s}{row['error']}")
                 continue
             m = row[kind]
@@ -142,22 +161,37 @@ def build(options: argparse.Namespace, device: torch.device) -> list:
     tiny, dtype = options.smoke, torch.float32 if options.smoke else torch.bfloat16
     kernels = {"twin": "torch"} if tiny else {REFERENCE: "triton", "twin": "torch"}
     channels, groups = (16, 4) if tiny else (1024, 32)
-    compile, shape = not (tiny or options.no_compile), (channels, groups, 5, dtype, device, kernels)
-    makers = []
+    shape = (channels, groups, 5, dtype, device, kernels)
     nemo = not (tiny or options.no_nemo)
-    for mix, lengths in workloads.mixes(tiny).items():
-        makers.append(lambda lengths=lengths, mix=mix: [workloads.convolution(lengths, mix, *shape, compile)])
-        makers.append(lambda lengths=lengths, mix=mix: [workloads.module(lengths, mix, *shape, compile, nemo)])
-        makers.append(
-            lambda lengths=lengths, mix=mix: workloads.spans(
-                lengths, mix, channels, 5 if tiny else 100, 50 if tiny else 32_000, dtype, device, kernels
-            )
-        )
-    for rows in (12,) if tiny else (2_048, 16_384):
+    mixes = workloads.mixes(tiny)
+
+    def compiled(first: bool) -> bool:
+        return not tiny and (options.compile == "all" or (options.compile == "first" and first))
+
+    def convolution(mix: str, first: bool = False):
+        return lambda: [workloads.convolution(mixes[mix], mix, *shape, compiled(first))]
+
+    def module(mix: str, first: bool = False):
+        return lambda: [workloads.module(mixes[mix], mix, *shape, compiled(first), nemo)]
+
+    def spans(mix: str):
+        sizes = (5, 50) if tiny else (100, 32_000)
+        return lambda: workloads.spans(mixes[mix], mix, channels, *sizes, dtype, device, kernels)
+
+    def contrastive(rows: int):
         size = (rows, 8, 3) if tiny else (rows, 1024, 100)
-        makers.append(lambda size=size: [workloads.contrastive(*size, dtype, device, kernels, True)])
-    for size in ((10, 8, 20),) if tiny else ((8_192, 1024, 1024), (4_096, 1024, 32_000)):
-        makers.append(lambda size=size: [workloads.entropy(*size, dtype, device, kernels, compile)])
+        return lambda: [workloads.contrastive(*size, dtype, device, kernels, True)]
+
+    def entropy(size: tuple[int, int, int], first: bool = False):
+        return lambda: [workloads.entropy(*size, dtype, device, kernels, compiled(first))]
+
+    first, *others = mixes
+    largest, *smaller = (12,) if tiny else (16_384, 2_048)
+    vocabularies = ((10, 8, 20),) if tiny else ((4_096, 1024, 32_000), (8_192, 1024, 1024))
+    makers = [convolution(first, True), contrastive(largest), entropy(vocabularies[0], True), module(first, True)]
+    makers += [spans(first), *map(contrastive, smaller), *map(entropy, vocabularies[1:])]
+    for mix in others:
+        makers += [convolution(mix), module(mix), spans(mix)]
     return makers
 
 
@@ -186,7 +220,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="operators whose name contains this")
     parser.add_argument("--seconds", type=float, default=0.5, help="time for each measurement")
     parser.add_argument("--no-nemo", action="store_true", help="without NeMo's module (its import takes half a minute)")
-    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument(
+        "--compile",
+        choices=("all", "first", "none"),
+        default="all",
+        help="torch.compile: everywhere, for one mix, nowhere",
+    )
+    parser.add_argument("--tests", type=Path, help="JUnit report of the GPU tests, so that they do not run again")
     parser.add_argument("--slices", action="store_true", help="also try the variant with slices in the L2 cache")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU: no measurement")
     parser.add_argument("--out", type=Path, help="result file (default: results/<device>_<time>.json)")
@@ -197,7 +237,7 @@ def main(arguments: list[str]) -> int:
         if reason is not None:
             print(f"Nothing measured: {reason}. An NVIDIA GPU is needed; --smoke checks this script.")
             return 0
-    failing = None if options.smoke else failing_operators()
+    failing = None if options.smoke else failing_operators(options.tests)
     meter = Meter(device, 0.001 if options.smoke else options.seconds)
     bandwidth = meter.copy_bandwidth(2**12 if options.smoke else 2**30)
     result = {
@@ -210,19 +250,27 @@ def main(arguments: list[str]) -> int:
     if options.smoke:
         print("Smoke run: tiny shapes on the CPU, without Triton. These times mean nothing.")
     print(f"{result['device']}, torch {result['torch']}, triton {result['triton']}: copy {bandwidth / 1e12:.3f} TB/s")
-    for make in build(options, device):
+    stamp = result["time"].replace(":", "").replace("+0000", "")
+    out = options.out or RESULTS / f"{result['device'].replace(' ', '_')}_{stamp}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+    def write() -> None:
+        result["goals"] = [] if options.smoke else goals.of_kernels(result)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+    for number, make in enumerate(build(options, device)):
         for work in make():
             if options.only in work.operator:
                 rows = time_workload(work, meter, bandwidth)
                 result["rows"] += rows
                 show(rows, failing)
-    if options.slices and not options.smoke:
-        result["slices"] = try_slices(meter, device)
-    stamp = result["time"].replace(":", "").replace("+0000", "")
-    out = options.out or RESULTS / f"{result['device'].replace(' ', '_')}_{stamp}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {out}")
+        write()
+        if number == 1 and options.slices and not options.smoke:
+            result["slices"] = try_slices(meter, device)
+            write()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    print(*goals.lines(result["goals"]), f"\nwritten: {out}", sep="\n")
     return 0
 
 

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "kernels" / "benchmarks"))
 import benchmark
 import counts
+import goals
 
 FOLDER = Path(benchmark.__file__).parent
 
@@ -93,3 +94,35 @@ def test_the_readme_has_the_table_as_counted():
     forward, backward = counts.cross_entropy(4096, 1024, 32_000, 2)
     assert counts.seconds((backward,)) == pytest.approx(3 * 2 * 4096 * 1024 * 32_000 / 800e12)  # bound by its products
     assert forward.seconds() > 2 * 4096 * 1024 * 32_000 / 800e12  # bound by memory
+
+
+def test_goals_stand_beside_what_was_measured():
+    def row(operator, mix, implementation, milliseconds, peak=0):
+        timed = {"median_ms": milliseconds, "peak_bytes": peak}
+        found = {"operator": operator, "mix": mix, "implementation": implementation, "forward": timed, "both": timed}
+        return {**found, "forward_limit_ms": 0.09, "both_limit_ms": 0.24}
+
+    name, mix = "glu_conv_group_norm_silu", "B16 T1600"
+    rows = [row(name, mix, "triton", 0.3), row(name, mix, "stock padded", 0.75)]
+    rows += [row("span_contrastive", "M16384 D1024 K100", "triton", 2.0, 2**29)]
+    found = {r["goal"]: r for r in goals.of_kernels({"rows": rows, "failing_tests": []})}
+    measured = {text.removeprefix(f"{name}, {mix}, "): (r["measured"], r["met"]) for text, r in found.items()}
+    assert measured["forward: of the copy bandwidth"] == (pytest.approx(0.3), False)
+    assert measured["both: of the copy bandwidth"] == (pytest.approx(0.8), True)
+    assert measured["both: against stock padded"] == (pytest.approx(2.5), True)
+    assert measured["both: against stock padded compiled"] == (None, None)
+    assert found["span_contrastive, M16384 D1024 K100, both: memory"]["met"]
+    assert found["span_contrastive, M16384 D1024 K100, both: memory"]["measured"] == 0.5
+    assert len(goals.lines(list(found.values()))) == len(found) == 6
+    for failing in (None, [f"{name}_accuracy[x]", "span_contrastive_accuracy[y]"]):
+        assert all(r["met"] is None for r in goals.of_kernels({"rows": rows, "failing_tests": failing}))
+
+
+def test_a_finished_report_of_the_gpu_tests_is_read(tmp_path):
+    report = tmp_path / "tests.xml"
+    case = '<testcase classname="tests.gpu.{}" name="test_{}">{}</testcase>'
+    cases = [case.format("test_kernels_gpu", "apply_spans_x", "<failure/>"), case.format("test_kernels_gpu", "y", "")]
+    cases.append(case.format("test_attention_gpu", "z", "<failure/>"))
+    report.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    assert benchmark.failing_operators(report) == {"apply_spans_x"}
+    assert benchmark.failing_operators(tmp_path / "none.xml") is None
