@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from kernel_batches import KEY, convolution_inputs, examples, layout
 from kernel_oracles import contrastive, convolution_middle
 
@@ -131,6 +132,26 @@ def test_compiles_to_one_graph(compiler):
     assert torch.equal(correct, same)
     for a, b in zip(torch.autograd.grad(compiled, inputs), grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_gradients_are_the_same_under_activation_checkpointing():
+    """Which lets a backward look at what it saved once, and no more."""
+    x, weight, head, bias = leaf(ROWS, 16), leaf(8, 3, seed=1), leaf(11, 8, seed=3), leaf(11, seed=4)
+    ones, classes = torch.ones(8), torch.arange(len(INDEX)) % 11
+
+    def run(x, weight, head, bias):
+        h = glu_conv_group_norm_silu(x, weight, None, ones, ones * 0, CU, num_groups=2, eps=1e-3, backend="triton")
+        y, index = apply_spans(h, MASK, CU, IDS, EPOCHS, key=KEY, vector=None, std=0.1, backend="triton")
+        drawn = sample_distractors(index, CU, IDS, EPOCHS, key=KEY, num=3, backend="triton")
+        loss, _ = span_contrastive(
+            y.index_select(0, index), h.index_select(0, index), drawn, temperature=0.1, backend="triton"
+        )
+        return loss + masked_cross_entropy(h, index, classes, head, bias, backend="triton")[0]
+
+    inputs = x, weight, head, bias
+    expected = torch.autograd.grad(run(*inputs), inputs)
+    found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, *inputs, use_reentrant=False), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_convolution_compiles_for_any_number_of_rows():

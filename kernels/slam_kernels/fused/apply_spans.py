@@ -11,7 +11,7 @@ from .common import compute_dtype, locate_rows, power_of_two, search_steps
 from .random import gaussian_pair, interleave4, words4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "key"])
 def replace_rows(
     X, MASK, THROUGH, CU, IDS, EPOCHS, VECTOR, Y, INDEX, S, key, std,
     D: tl.constexpr, STEPS: tl.constexpr, QUADS: tl.constexpr, LEARNED: tl.constexpr,
@@ -44,7 +44,7 @@ def replace_rows(
         tl.store(Y + place, tl.load(X + place, mask=here, other=0.0), mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def replace_rows_backward(
     GRAD, MASK, DX, PART, N,
     D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEARNED: tl.constexpr, ACC: tl.constexpr,

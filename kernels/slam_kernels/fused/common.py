@@ -61,8 +61,11 @@ def block_count(num_rows: int, sequences: int, rows_per_block: int) -> int:
 
 
 def search_steps(sequences: int) -> int:
-    """Halvings that bring ``sequences`` candidates down to one."""
-    return max(sequences - 1, 0).bit_length()
+    """Halvings that bring ``sequences`` candidates down to one; more of them change nothing.
+
+    In fours, since a kernel is compiled for each number: batches of 17 to 256 sequences share one.
+    """
+    return max(-(-max(sequences - 1, 0).bit_length() // 4) * 4, 4)
 
 
 def power_of_two(value: int, *, least: int = 1, most: int = 1 << 30) -> int:

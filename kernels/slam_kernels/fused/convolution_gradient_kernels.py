@@ -22,7 +22,7 @@ def silu_slope(u):
     return s * (1.0 + u * (1.0 - s))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "first_block"])
 def norm_gradient_partials(
     X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, DZ, PART, S, first_block,
     C: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,7 +67,7 @@ def norm_gradient_partials(
     tl.store(PART + C + c, scaled * rstd, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def norm_gradient_finish(
     PART, GAMMA, CU, DMEAN, DNORM, first_block,
     C: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
@@ -102,7 +102,7 @@ def norm_gradient_finish(
     tl.store(DNORM + place, scaled / count, mask=group < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "first_block"])
 def input_gradient(
     X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, DZ, DMEAN, DNORM, DX, PART, S, first_block,
     C: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -62,7 +62,7 @@ def group_values(VALUES, sequence, c, here, C: tl.constexpr, G: tl.constexpr, AC
     return tl.load(VALUES + sequence.to(tl.int64) * G + c // (C // G), mask=here, other=0.0).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "first_block"])
 def statistics_partials(
     X, W, BIAS, CU, PART, S, first_block,
     C: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UNROLL: tl.constexpr,
@@ -106,7 +106,7 @@ def statistics_partials(
     tl.store(PART + C + c, squares, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def statistics_finish(
     PART, CU, MEAN, RSTD, first_block, eps,
     C: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, GROUPS: tl.constexpr,
@@ -151,7 +151,7 @@ def statistics_finish(
     tl.store(RSTD + place, 1.0 / tl.sqrt(squares / count + eps), mask=group < G)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "first_block"])
 def normalise(
     X, W, BIAS, GAMMA, BETA, CU, MEAN, RSTD, Z, S, first_block,
     C: tl.constexpr, G: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

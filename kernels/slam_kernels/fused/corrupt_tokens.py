@@ -12,7 +12,7 @@ from .common import locate_rows, search_steps
 from .random import top24, words4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "key", "mask_id", "vocab", "masks", "changes"])
 def corrupt_rows(
     TOKENS, MASK, THROUGH, CU, IDS, EPOCHS, OUT, INDEX, N, S, key, mask_id, vocab, masks, changes,
     STEPS: tl.constexpr, BLOCK: tl.constexpr,

@@ -236,8 +236,9 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _mean, _rstd):
-    x, conv_weight, conv_bias, norm_weight, norm_bias, *_ = ctx.saved_tensors
-    gradients = backward_op(grad.contiguous(), *ctx.saved_tensors, ctx.num_groups, x.dtype)
+    saved = ctx.saved_tensors  # once: under activation checkpointing a second look finds them gone
+    x, conv_weight, conv_bias, norm_weight, norm_bias, *_ = saved
+    gradients = backward_op(grad.contiguous(), *saved, ctx.num_groups, x.dtype)
     cast = [
         None if parameter is None else gradient.to(parameter.dtype)
         for gradient, parameter in zip(gradients, (x, conv_weight, conv_bias, norm_weight, norm_bias), strict=True)

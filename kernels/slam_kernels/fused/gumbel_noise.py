@@ -11,7 +11,7 @@ from .common import locate_rows, power_of_two, search_steps
 from .random import gumbel, interleave4, words4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "S", "key"])
 def draw_gumbel(
     INDEX, CU, IDS, EPOCHS, OUT, M, S, key,
     NUM: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, QUADS: tl.constexpr,

@@ -14,7 +14,7 @@ from .random import top24, words4
 BUDGET = tl.constexpr(BUDGET_COUNTER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "S", "key", "threshold"])
 def spans_by_start(
     CU, IDS, EPOCHS, MASK, N, S, key, threshold, SPAN: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -34,7 +34,7 @@ def spans_by_start(
     tl.store(MASK + rows, (covered & (example != -1)).to(tl.int8), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "threshold"])
 def spans_by_budget(CU, IDS, EPOCHS, MASK, key, threshold, SPAN: tl.constexpr, BLOCK: tl.constexpr):
     """One program a sequence: finds the word that the chosen slots do not exceed by bisection, then lays out the spans.
 

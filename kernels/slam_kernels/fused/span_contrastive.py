@@ -36,19 +36,18 @@ def forward_op(
     rows, width = contexts.shape
     num = distractors.shape[1]
     compute, acc = compute_dtype(contexts.dtype)
-    scales = contexts.new_empty(2, rows, dtype=compute)
     logits = contexts.new_empty(rows, num, dtype=compute)
-    lse, own, losses = (contexts.new_empty(rows, dtype=compute) for _ in range(3))
+    context_scale, target_scale, lse, own, losses = (contexts.new_empty(rows, dtype=compute) for _ in range(5))
     correct = contexts.new_empty(rows, dtype=torch.int8)
     if rows:
         constants = _constants(width, num, contexts.dtype)
-        for vectors, scale in ((contexts, scales[0]), (targets, scales[1])):
+        for vectors, scale in ((contexts, context_scale), (targets, target_scale)):
             kernels.inverse_lengths[(rows,)](vectors, scale, D=width, WIDTH=constants["WIDTH"], ACC=acc, num_warps=4)
         kernels.contrastive_rows[(rows,)](
-            contexts, targets, distractors, scales[0], scales[1], logits, lse, own, losses, correct,
+            contexts, targets, distractors, context_scale, target_scale, logits, lse, own, losses, correct,
             1.0 / temperature, **constants,
         )  # fmt: skip
-    return losses.sum(), correct.to(torch.bool), logits, lse, own, scales[0].clone(), scales[1].clone()
+    return losses.sum(), correct.to(torch.bool), logits, lse, own, context_scale, target_scale
 
 
 @forward_op.register_fake
