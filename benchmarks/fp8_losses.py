@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> int:
     made.add_argument("--out", type=Path, help="result file (default: results/fp8_losses_<device>_<time>.json)")
     options = made.parse_args(arguments)
     import torch
+    from step_goals import lines, of_losses
+    from step_workload import forget_scales
 
     from nemo_slam.modules import fp8
     from nemo_slam.training.environment import environment
@@ -87,6 +89,9 @@ def main(arguments: list[str]) -> int:
             print(f"fp8 {mode}: {reason}", file=sys.stderr)
             return 1
     result: dict[str, Any] = {**environment(), "benchmark": "fp8_losses", "arguments": arguments, "runs": {}}
+    stamp = result["time"].replace(":", "").replace("+0000", "")
+    out = options.out or RESULTS / f"fp8_losses_{result['device'].replace(' ', '_')}_{stamp}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     good = True
     for mode in ("none", *options.modes):
         losses, seconds = train(mode, options.steps, options.frames)
@@ -100,14 +105,14 @@ def main(arguments: list[str]) -> int:
         good &= within
         print(
             f"fp8 {mode:10s}loss {losses[0]:.4f} -> {last:.4f}, {run['difference']:.2%} from bfloat16"
-            f"{'' if within else ': TOO FAR'}; {run['speed']:.2f}x its speed"
+            f"{'' if within else ': TOO FAR'}; {run['speed']:.2f}x its speed",
+            flush=True,
         )
         gc.collect()
-    stamp = result["time"].replace(":", "").replace("+0000", "")
-    out = options.out or RESULTS / f"fp8_losses_{result['device'].replace(' ', '_')}_{stamp}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {out}")
+        forget_scales()
+        result["goals"] = of_losses(result, TOLERANCE)
+        out.write_text(json.dumps(result, indent=1) + "\n")  # after each, for a run that is cut short
+    print(*lines(result["goals"]), f"written: {out}", sep="\n")
     return 0 if good else 1
 
 

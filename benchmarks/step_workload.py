@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,6 +74,14 @@ def resolved_config(model: str, stage: str, changes: list[str]) -> Any:
 
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(stage, [f"model={model}", "data=prompts", *changes])
+
+
+def forget_scales() -> None:
+    """Between two models: Transformer Engine goes on moving the scales of every FP8 module that it ever met, in each
+    step, also of those that are gone."""
+    quantization = sys.modules.get("transformer_engine.pytorch.quantization")
+    if quantization is not None:
+        quantization.FP8GlobalStateManager.reset()
 
 
 def our_encoder(config: Any) -> nn.Module:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import step_flops
+import step_goals
 import train_step
 from step_parts import PARTS, Timeline
 from step_workload import MIXES, Batch, batches, our_encoder, resolved_config, stock_encoder
@@ -139,8 +142,8 @@ def test_gpu_check_stays_under_nine_minutes_and_names_files_that_exist(tmp_path)
 
     assert gpu_check.LIMIT < 540
     parts = gpu_check.parts(tmp_path, ["gemm", "attention"])
-    assert [part.name for part in parts] == ["tests", "train_step", "fp8_losses", "kernels"]
-    assert [part.name for part in gpu_check.parts(tmp_path, [])] == ["tests", "train_step", "kernels"]
+    assert [part.name for part in parts] == ["tests", "kernels", "train_step", "fp8_losses"]
+    assert [part.name for part in gpu_check.parts(tmp_path, [])] == ["tests", "kernels", "train_step"]
     for part in parts:
         paths = [word for word in part.command if word.endswith(".py") or word == "tests/gpu"]
         assert paths
@@ -156,5 +159,59 @@ def test_gpu_check_runs_a_part_with_the_paths_of_a_source_checkout(tmp_path, cap
     assert (
         gpu_check.run(gpu_check.Part("bad", ["-c", code, "3"], 60), tmp_path, 60)["outcome"] == "failed with status 3"
     )
-    slow = gpu_check.Part("slow", ["-c", "import time; time.sleep(60)"], 1)
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)', sys.argv[1]])"
+    slow = gpu_check.Part("slow", ["-c", child, str(tmp_path)], 1)
     assert gpu_check.run(slow, tmp_path, 0.5)["outcome"].startswith("cut after")
+    for _ in range(100):  # nor does what it started live on, once the system has noticed
+        if not alive(str(tmp_path)):
+            break
+        time.sleep(0.1)
+    assert not alive(str(tmp_path))
+
+
+def alive(argument: str) -> bool:
+    """Whether a process has this among its arguments."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in path.read_bytes():
+                return True
+    return False
+
+
+def test_gpu_check_tells_what_failed_and_which_goals_are_met(tmp_path):
+    import gpu_check
+
+    case = '<testcase classname="a" name="{}">{}</testcase>'
+    cases = case.format("x", '<failure message="too far">trace</failure>') + case.format("y", "")
+    (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    found = gpu_check.count_tests(tmp_path / "tests.xml")
+    assert found == {"passed": 1, "failed": 1, "skipped": 0, "failures": {"a::x": "too far"}}
+    assert gpu_check.count_tests(tmp_path / "none.xml") is None
+    for name, goals in (("kernels", [{"goal": "a"}]), ("train_step", [{"goal": "b"}]), ("summary", [{"goal": "c"}])):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"goals": goals}))
+    assert gpu_check.goals(tmp_path) == [{"goal": "a"}, {"goal": "b"}]
+
+
+def test_goals_of_a_step():
+    def row(name, speed, mix="bucketed", flops=1.0):
+        found = {"mix": mix, "implementation": name, "frames_per_second": speed, "padding_share": 0.3}
+        return {**found, "flops_per_second": flops}
+
+    rows = [row("stock", 100.0), row("ours", 160.0, flops=44.0), row("ours, fp8 gemm", 200.0)]
+    rows += [{"mix": "shuffled", "implementation": "stock", "error": "out of memory"}, row("ours", 50.0, "shuffled")]
+    steps = {"bucketed, fp8 none": row("", 80.0, flops=46.0), "bucketed, fp8 gemm": row("", 88.0)}
+    result = {"clock": "CUDA events", "peak_flops_per_second": 100.0, "encoders": rows, "steps": steps}
+    found = {goal["goal"]: (goal["measured"], goal["met"]) for goal in step_goals.of_train_step(result)}
+    assert found == {
+        "encoder, bucketed: ours against stock NeMo": (1.6, True),
+        "encoder, bucketed: share of the bfloat16 peak": (0.44, False),
+        "encoder, bucketed: fp8 gemm against bfloat16": (1.25, True),
+        "encoder, shuffled: share of the bfloat16 peak": (0.01, False),
+        "full step, bucketed: share of the bfloat16 peak": (0.46, True),
+        "full step, bucketed: fp8 gemm against bfloat16": (1.1, False),
+    }
+    (cpu,) = step_goals.of_train_step({**result, "clock": "processor time, one thread"})[:1]
+    assert (cpu["wanted"], cpu["met"]) == (1.2, True)
+    losses = step_goals.of_losses({"runs": {"none": {}, "gemm": {"difference": 0.02}}}, 0.01)
+    assert [(goal["measured"], goal["met"]) for goal in losses] == [(0.02, False)]
+    assert len(step_goals.lines(losses)) == 1
