@@ -11,7 +11,7 @@ Shape legend: N packed rows, S sequences, D width, H heads, B sequences of a blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +32,18 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
     offsets = np.cumsum(lengths) - lengths
     return np.repeat(starts - offsets, lengths) + np.arange(int(lengths.sum()))
+
+
+def to_device(values: np.ndarray, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """What was planned on the CPU, on ``device``, without waiting for it.
+
+    A plain copy to a GPU waits until the GPU has done all that it was given before. From page-locked memory, which
+    PyTorch keeps until the copy is done, it only joins the queue.
+    """
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if torch.device(device).type != "cuda" or not tensor.numel():
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,14 @@ class SequenceLayout:
         lengths = self.lengths[:-1]
         device = self.cu_seqlens.device
         blocks, inverse = _blocks(np.cumsum(lengths) - lengths, lengths, self.num_rows, device)
-        return blocks, torch.as_tensor(inverse).to(device)
+        return blocks, to_device(inverse, device)
+
+    @property
+    def block_positions(self) -> int:
+        """Positions of :attr:`blocks`, padding included, without making them."""
+        lengths = -np.sort(-self.lengths[:-1])
+        lengths = lengths[lengths > 0]
+        return sum((last - first) * int(lengths[first]) for first, last in _cuts(lengths))
 
     @classmethod
     def build(
@@ -116,27 +135,35 @@ class SequenceLayout:
             )
         return cls(
             lengths=full,
-            cu_seqlens=torch.as_tensor(cu_seqlens, dtype=torch.int32).to(device),
-            positions=torch.as_tensor(positions).to(device),
+            cu_seqlens=to_device(cu_seqlens, device, torch.int32),
+            positions=to_device(positions, device),
         )
+
+
+def _cuts(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where to cut lengths, longest first, into blocks that hold at most MAX_BLOCK_PADDING of padding."""
+    first = 0
+    while first < len(lengths):
+        used = np.cumsum(lengths[first:])
+        full = int(lengths[first]) * np.arange(1, len(used) + 1)
+        too_loose = np.flatnonzero(full - used > MAX_BLOCK_PADDING * full)
+        last = first + (int(too_loose[0]) if len(too_loose) else len(used))
+        yield first, last
+        first = last
 
 
 def _blocks(
     starts: np.ndarray, lengths: np.ndarray, num_rows: int, device: torch.device | str
 ) -> tuple[tuple[Block, ...], np.ndarray]:
-    """Cut the sequences, longest first, into blocks that hold at most MAX_BLOCK_PADDING of padding."""
+    """The sequences as blocks, cut by :func:`_cuts`."""
     order = np.argsort(-lengths, kind="stable")
     order = order[lengths[order] > 0]
     sorted_lengths = lengths[order]
     blocks: list[Block] = []
     inverse = np.empty(num_rows, np.int64)
-    first, base = 0, 0
-    while first < len(order):
+    base = 0
+    for first, last in _cuts(sorted_lengths):
         width = int(sorted_lengths[first])
-        used = np.cumsum(sorted_lengths[first:])
-        full = width * np.arange(1, len(used) + 1)
-        too_loose = np.flatnonzero(full - used > MAX_BLOCK_PADDING * full)
-        last = first + (int(too_loose[0]) if len(too_loose) else len(used))
         chosen = order[first:last]
         size, sizes = len(chosen), lengths[chosen]
         real = np.arange(width) < sizes[:, None]
@@ -144,18 +171,17 @@ def _blocks(
         rows = ranges(starts[chosen], sizes)
         index[real] = rows
         inverse[rows] = base + np.flatnonzero(real)
-        mask = None if real.all() else torch.as_tensor(real[:, None, None, :]).to(device)
+        mask = None if real.all() else to_device(real[:, None, None, :], device)
         blocks.append(
             Block(
-                index=torch.as_tensor(index.reshape(-1)).to(device),
+                index=to_device(index.reshape(-1), device),
                 mask=mask,
-                lengths=torch.as_tensor(sizes, dtype=torch.int32).to(device),
+                lengths=to_device(sizes, device, torch.int32),
                 size=size,
                 width=width,
             )
         )
         base += size * width
-        first = last
     inverse[int(lengths.sum()) :] = base
     return tuple(blocks), inverse
 
@@ -254,7 +280,7 @@ def pack(
         np.concatenate(totals or [empty]), device, multiple, np.concatenate(positions or [empty])
     )
     tail = np.full(int(layout.lengths[-1]), source_rows, np.int64)
-    gather = torch.as_tensor(np.concatenate([*gathers, tail])).to(device)
+    gather = to_device(np.concatenate([*gathers, tail]), device)
     return PackedSequences(layout, gather, starts, lengths, order, slices)
 
 

@@ -49,6 +49,15 @@ def test_blocks_hold_every_row_once_with_little_padding(lengths):
     assert (layout.inverse[layout.num_valid :] == len(places)).all()
 
 
+@settings(deadline=None)
+@given(LENGTHS)
+def test_positions_of_blocks_are_known_without_making_them(lengths):
+    layout = SequenceLayout.build(np.array(lengths, np.int64))
+    found = layout.block_positions
+    assert "_attention_plan" not in vars(layout)
+    assert found == sum(block.size * block.width for block in layout.blocks)
+
+
 def test_rows_are_rounded_up_on_a_gpu_alone():
     assert row_multiple(128, torch.device("cuda")) == 128
     layout = SequenceLayout.build(np.array([5, 8]), multiple=row_multiple(128, torch.device("cpu")))

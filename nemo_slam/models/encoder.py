@@ -6,7 +6,6 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
-import torch
 from nemo.core.classes import NeuralModule, typecheck
 from nemo.core.neural_types import AcousticEncodedRepresentation, LengthsType, NeuralType, SpectrogramType
 from omegaconf import OmegaConf
@@ -16,7 +15,7 @@ from nemo_slam.config import parse
 from nemo_slam.models.settings import EncoderSettings
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
-from nemo_slam.packing import Segments, gather_rows, pack, row_multiple
+from nemo_slam.packing import Segments, gather_rows, pack, row_multiple, to_device
 
 
 class SLAMEncoder(NeuralModule):
@@ -76,6 +75,6 @@ class SLAMEncoder(NeuralModule):
         width = int(lengths.max(initial=0))
         place = np.full((len(lengths), width), len(hidden), np.int64)
         place[np.arange(width) < lengths[:, None]] = packed.rows_of("speech", 0)
-        padded = gather_rows(hidden, torch.as_tensor(place.reshape(-1)).to(hidden.device))
+        padded = gather_rows(hidden, to_device(place.reshape(-1), hidden.device))
         padded = padded.view(len(lengths), width, self.d_model)
-        return padded.transpose(1, 2), torch.as_tensor(lengths).to(length.device)
+        return padded.transpose(1, 2), to_device(lengths, length.device)

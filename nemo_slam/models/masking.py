@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.inputs import SpeechInput, SpeechMasking, TextInput, TokenMasking
-from nemo_slam.packing import PackedSequences
+from nemo_slam.packing import PackedSequences, to_device
 from nemo_slam.randomness import INPUT_SHIFT, STREAM_SHIFT, Randomness
 from slam_kernels import apply_spans, corrupt_tokens, sample_spans
 
@@ -70,7 +70,7 @@ def _identities(packed: PackedSequences, name: str, stream: str, batch: StepBatc
     ids = packed.per_sequence(name, examples.ids.numpy() + (STREAMS.index(stream) << STREAM_SHIFT))
     epochs = packed.per_sequence(name, examples.epochs.numpy(), fill=0)
     device = packed.gather.device
-    return torch.as_tensor(ids).to(device), torch.as_tensor(epochs).to(device)
+    return to_device(ids, device), to_device(epochs, device)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from nemo_slam.modules.text_encoder import TextEncoder
 from nemo_slam.objectives.base import Objective
 from nemo_slam.objectives.in_batch_negatives import ChosenTexts
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, TextInput
-from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack, ranges
+from nemo_slam.packing import PackedSequences, Segments, gather_rows, pack, ranges, to_device
 from nemo_slam.randomness import Randomness
 
 
@@ -99,13 +99,12 @@ class StepOutputs:
     def volume(self, batch: StepBatch) -> dict[str, float]:
         """How much went through this step: 10 ms frames and tokens read, positions packed, and positions that
         attention computed."""
-        blocks = self.packed.layout.blocks
         texts = [part.lengths for part in (batch.text, batch.pairs) if part is not None]
         return {
             "frames": float(self.mel_lengths.sum()),
             "tokens": float(sum(int(lengths.sum()) for lengths in texts)),
             "positions": float(self.packed.layout.num_valid),
-            "attended_positions": float(sum(block.size * block.width for block in blocks)),
+            "attended_positions": float(self.packed.layout.block_positions),
         }
 
     def stacked_mel(self, index: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ class StepOutputs:
         utterance = np.repeat(np.arange(batch), lengths)
         frame = SUBSAMPLING_FACTOR * ranges(np.zeros(batch, np.int64), lengths)[:, None] + np.arange(SUBSAMPLING_FACTOR)
         real = frame < self.mel_lengths[utterance][:, None]
-        place = torch.as_tensor(np.where(real, utterance[:, None] * width + frame, batch * width)).to(index.device)
+        place = to_device(np.where(real, utterance[:, None] * width + frame, batch * width), index.device)
         place = place.index_select(0, self.packed_speech.gather.index_select(0, index))
         return gather_rows(self.mel.transpose(1, 2).reshape(-1, mels), place.flatten()).view(
             -1, mels * SUBSAMPLING_FACTOR
@@ -134,7 +133,7 @@ class StepOutputs:
         assert key is not None
         destination = np.full(source.layout.num_rows, -1, np.int64)
         destination[source.rows_of(key, 0)] = self.rows(name, segment)
-        return torch.as_tensor(destination).to(index.device)[index]
+        return to_device(destination, index.device)[index]
 
 
 def run_step(

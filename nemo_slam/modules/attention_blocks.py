@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_slam.packing import SequenceLayout, ranges
+from nemo_slam.packing import SequenceLayout, ranges, to_device
 
 NARROWEST = 64
 """The narrowest block; every width is a multiple of 16, as FP8 wants it."""
@@ -102,15 +102,15 @@ def _plan(layout: SequenceLayout) -> BlockPlan:
         cu_seqlens = np.concatenate([[0], np.cumsum(filled)])
         blocks.append(
             BoundedBlock(
-                index=torch.as_tensor(index.reshape(-1)).to(device),
-                cu_seqlens=torch.as_tensor(cu_seqlens, dtype=torch.int32).to(device),
+                index=to_device(index.reshape(-1), device),
+                cu_seqlens=to_device(cu_seqlens, device, torch.int32),
                 size=size,
                 width=width,
             )
         )
         base += size * width
     inverse[layout.num_valid :] = base
-    return BlockPlan(tuple(blocks), torch.as_tensor(inverse).to(device))
+    return BlockPlan(tuple(blocks), to_device(inverse, device))
 
 
 def _gather(blocks: Sequence[Tensor], inverse: Tensor, valid: int) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nemo_slam.packing import SequenceLayout, ranges
+from nemo_slam.packing import SequenceLayout, ranges, to_device
 
 
 def sinusoid(positions: Tensor, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -36,8 +36,8 @@ def rotation(layout: SequenceLayout, size: int) -> tuple[Tensor, Tensor]:
     layout. *Shape:* two of (N, 1, 1, size / 2)."""
     cache = vars(layout).setdefault("_rotation", {})
     if size not in cache:
-        places = torch.as_tensor(ranges(np.zeros(len(layout.lengths), np.int64), layout.lengths))
-        cosine, sine = rotary_angles(places.to(layout.cu_seqlens.device), size)
+        places = ranges(np.zeros(len(layout.lengths), np.int64), layout.lengths)
+        cosine, sine = rotary_angles(to_device(places, layout.cu_seqlens.device), size)
         cache[size] = cosine[:, None, None], sine[:, None, None]
     return cache[size]
 

@@ -11,7 +11,7 @@ from nemo.collections.asr.parts.submodules.subsampling import ConvSubsampling
 from torch import Tensor, nn
 
 from nemo_slam.modules.conformer import ConformerConfig, ConformerStack
-from nemo_slam.packing import SequenceLayout, ranges
+from nemo_slam.packing import SequenceLayout, ranges, to_device
 
 SUBSAMPLING_FACTOR = 4
 
@@ -76,18 +76,18 @@ class PackedConvSubsampling(ConvSubsampling):
         frames = np.full(total, batch * width, np.int64)
         frames[ranges(starts, lengths)] = ranges(np.arange(batch) * width, lengths)
         source = torch.cat([features.transpose(1, 2).reshape(-1, mels), features.new_zeros(1, mels)])
-        image = source.index_select(0, torch.as_tensor(frames).to(features.device)).view(lines, 1, slots, mels)
+        image = source.index_select(0, to_device(frames, features.device)).view(lines, 1, slots, mels)
 
         first, activation, second, last = self.conv
         half_valid = np.zeros(total // 2, bool)
         half_valid[ranges(starts // 2, -(-lengths // 2))] = True
-        line, column = (torch.as_tensor(i).to(image.device) for i in np.nonzero(~half_valid.reshape(lines, -1)))
+        line, column = (to_device(i, image.device) for i in np.nonzero(~half_valid.reshape(lines, -1)))
         image = first(image)
         with torch.no_grad():  # ReLU gives no gradient where its output is 0, so there is none to stop here
             image.transpose(1, 2)[line, column] = 0
         image = activation(image)
         image = last(second(image))
-        kept = torch.as_tensor(ranges(starts // 4, subsampled_lengths(lengths))).to(image.device)
+        kept = to_device(ranges(starts // 4, subsampled_lengths(lengths)), image.device)
         rows = image.transpose(1, 2).reshape(total // 4, -1).index_select(0, kept)
         return self.out(rows)
 

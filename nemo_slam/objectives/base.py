@@ -92,9 +92,11 @@ class Objective(nn.Module):
 
 
 def count(value: int | Tensor, like: Tensor) -> Tensor:
-    """A count as a scalar on the device of ``like``, in the loss's accumulation type."""
+    """A count as a scalar on the device of ``like``, in the loss's accumulation type; the device is not waited for."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.as_tensor(value, device=like.device).to(dtype)
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
 
 
 def world_size() -> int:

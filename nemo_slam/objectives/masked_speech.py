@@ -141,7 +141,8 @@ class SpeechLoss(nn.Module):
         )
         total = count(masked.index.numel(), loss)
         frames = count(int(outputs.packed_speech.lengths[prefix].sum()), loss)
-        usage = torch.bincount(codes, minlength=self.code_head.out_features)
+        # Not torch.bincount, which reads the largest code back from a GPU.
+        usage = codes.new_zeros(self.code_head.out_features).scatter_add(0, codes, torch.ones_like(codes))
         return ObjectiveOutput(
             [Loss(f"{prefix}/codes", loss, total, weight * self.config.prediction_weight)],
             [

@@ -11,6 +11,7 @@ from torch import nn
 from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
 from nemo_slam.objectives.in_batch_negatives import ChosenTexts, InBatchNegatives, mean_rows
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput, TokenMasking
+from nemo_slam.packing import to_device
 
 if TYPE_CHECKING:
     from nemo_slam.models.step import EncodedSpeech, StepOutputs
@@ -58,7 +59,7 @@ class Matching(Objective):
             return {}
         pairs, device = encoded.batch.pairs, encoded.contexts.device
         assert pairs is not None
-        rows = torch.as_tensor(encoded.packed_speech.rows_of(self.name, 0)).to(device)
+        rows = to_device(encoded.packed_speech.rows_of(self.name, 0), device)
         frames = encoded.packed_speech.lengths[self.name][:, 0]
         with torch.no_grad():
             speech = mean_rows(encoded.contexts.index_select(0, rows), frames)
@@ -74,7 +75,7 @@ class Matching(Objective):
 
     def scores(self, outputs: StepOutputs, name: str) -> torch.Tensor:
         """(S,) logits that the text belongs to the speech, for the sequences of an input in batch order."""
-        rows = torch.as_tensor(outputs.rows(name, "cls")).to(outputs.hidden.device)
+        rows = to_device(outputs.rows(name, "cls"), outputs.hidden.device)
         scores = self.head(outputs.hidden.index_select(0, rows)).squeeze(-1)
         return scores if scores.dtype == torch.float64 else scores.float()
 
