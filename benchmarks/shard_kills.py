@@ -73,13 +73,11 @@ def shard(manifest: Path, out: Path, args: argparse.Namespace, limit: float = ma
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file but the records of the work itself, by name."""
-    from nemo_slam.data.shard_files import file_digest
+    from nemo_slam.data.corpora.files import sha256
 
     files = (path for path in folder.rglob("*") if path.is_file())
     names = {str(path.relative_to(folder)): path for path in files}
-    return {
-        name: file_digest(path) for name, path in sorted(names.items()) if not name.startswith((".lock", ".records"))
-    }
+    return {name: sha256(path) for name, path in sorted(names.items()) if not name.startswith((".lock", ".records"))}
 
 
 def missed_damage(folder: Path, rng) -> list[str]:

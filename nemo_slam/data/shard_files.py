@@ -9,23 +9,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_slam.data.corpora.files import sha256
+
 CHECKSUMS = "checksums.json"
 """Beside the files of an index folder, what `describe_files` says of them."""
-_BLOCK = 1 << 20
 
 
 def digest_of(value: Any) -> str:
     """A short hash of JSON values."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as ``sha256sum`` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -50,9 +42,7 @@ def remove_parts(folder: Path) -> None:
 
 def describe_files(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Size and checksum of each, by its name relative to the folder."""
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths
-    }
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths}
 
 
 def sizes_agree(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -69,7 +59,7 @@ def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
             problems.append(f"{path}: missing")
         elif path.stat().st_size != expected["bytes"]:
             problems.append(f"{path}: {path.stat().st_size} bytes, written with {expected['bytes']}")
-        elif (found := file_digest(path)) != expected["sha256"]:
+        elif (found := sha256(path)) != expected["sha256"]:
             problems.append(f"{path}: corrupted, its SHA-256 is {found}, written with {expected['sha256']}")
     return problems
 

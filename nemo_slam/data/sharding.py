@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 
 from nemo_slam.data.audio import AudioError
 from nemo_slam.data.bad_rows import BadRow, DataError
+from nemo_slam.data.corpora.files import sha256
 from nemo_slam.data.manifest import Files, RowError, parse_json, parse_row, scan_lines
 from nemo_slam.data.sampling import keyed_permutation
 from nemo_slam.data.shard_audio import make_member
@@ -36,7 +37,6 @@ from nemo_slam.data.shard_files import (
     damaged,
     describe_files,
     digest_of,
-    file_digest,
     remove_parts,
     sizes_agree,
     write_json,
@@ -99,7 +99,7 @@ def make_shards(manifests: Sequence[Path], out: Path, settings: ShardSettings, w
 
 def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers: int) -> dict[str, Any]:
     remove_parts(out)
-    sources = [{"manifest": str(m.absolute()), "sha256": file_digest(_readable(m))} for m in manifests]
+    sources = [{"manifest": str(m.absolute()), "sha256": sha256(_readable(m))} for m in manifests]
     plan = {"sources": sources, **asdict(settings), "max_duration": str(settings.max_duration)}
     _check_plan(out / "plan.json", plan)
     identity = digest_of(plan)
@@ -224,17 +224,17 @@ def make_shard(
         "bad": bad,
         "files": describe_files(out, (tar_path, index_path, manifest_path)),
     }
-    write_json(out / ".records" / f"{shard}.json", record)
+    write_json(_record(out, shard), record)
 
 
-def _record(out: Path, shard: int) -> dict[str, Any] | None:
-    path = out / ".records" / f"{shard}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _record(out: Path, shard: int) -> Path:
+    return out / ".records" / f"{shard}.json"
 
 
 def _shard_is_done(out: Path, shard: int, identity: str) -> bool:
-    record = _record(out, shard)
-    return record is not None and record["identity"] == identity and sizes_agree(out, record["files"])
+    path = _record(out, shard)
+    record = json.loads(path.read_text()) if path.exists() else {"identity": None}
+    return record["identity"] == identity and sizes_agree(out, record["files"])
 
 
 def _finished(out: Path, identity: str) -> bool:
@@ -245,7 +245,7 @@ def _finished(out: Path, identity: str) -> bool:
 
 
 def _finish(out: Path, plan: dict[str, Any], rows: Rows, shards: int) -> dict[str, Any]:
-    records = [record for s in range(shards) if (record := _record(out, s)) is not None]
+    records = [json.loads(_record(out, s).read_text()) for s in range(shards)]
     whole = out / "tarred_audio_manifest.json"
     write_whole(whole, b"".join((out / "sharded_manifests" / f"manifest_{s}.json").read_bytes() for s in range(shards)))
     bad = [*(vars(row) for row in rows.bad), *(row for record in records for row in record["bad"])]

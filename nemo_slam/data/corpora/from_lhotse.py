@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nemo_slam.data.corpora.files import SAMPLE_RATE, CorpusError, whole_file
-from nemo_slam.data.corpora.layout import prepare_once
-from nemo_slam.data.corpora.parts import Row, write_parts
+from nemo_slam.data.corpora.layout import Row, prepare_once
+from nemo_slam.data.corpora.parts import write_parts
 
 VERSION = 1
 

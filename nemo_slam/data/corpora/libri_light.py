@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from nemo_slam.data.corpora.files import CorpusError
-from nemo_slam.data.corpora.layout import prepare_once
-from nemo_slam.data.corpora.parts import Row, in_threads, need_folder, write_parts
+from nemo_slam.data.corpora.layout import Row, prepare_once
+from nemo_slam.data.corpora.parts import in_threads, need_folder, write_parts
 
 VERSION = 1
 PARTS = ("small", "medium", "large")

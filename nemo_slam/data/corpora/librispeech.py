@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nemo_slam.data.corpora.files import CorpusError
-from nemo_slam.data.corpora.layout import prepare_once
+from nemo_slam.data.corpora.layout import Row, logger, prepare_once
 from nemo_slam.data.corpora.normalise import normalise
-from nemo_slam.data.corpora.parts import Row, logger, need_folder, write_parts
+from nemo_slam.data.corpora.parts import need_folder, write_parts
 
 VERSION = 1
 TRAIN = ("train-clean-100", "train-clean-360", "train-other-500")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,12 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_slam.data.corpora.files import CorpusError, sha256, whole_file, write_text
+from nemo_slam.data.corpora.layout import Row, logger
+from nemo_slam.data.corpora.splits import hash_fraction
 
-logger = logging.getLogger("nemo_slam.data")
 PROGRESS_ROWS = 100_000
 _AHEAD = 1024
 
-Row = dict[str, Any]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -97,7 +95,7 @@ def write_parts(
 
 def held_out(key: str, share: float) -> bool:
     """Whether a document belongs to the share that is held out: a function of its key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < share * 2**64
+    return hash_fraction(key) < share
 
 
 def need_folder(source: Path, what: str) -> None:
