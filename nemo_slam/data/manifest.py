@@ -55,12 +55,7 @@ def parse_row(raw: bytes, need_text: bool) -> Row:
     """A line of a manifest as a Row. Raises RowError with the reason."""
     row = parse_json(raw)
     path = string_value(row, "audio_filepath")
-    duration = _seconds(row, "duration")
-    if duration <= 0:
-        raise RowError(f"duration must be above 0, got {duration:g}")
-    offset = _seconds(row, "offset") if row.get("offset") is not None else 0.0
-    if offset < 0:
-        raise RowError(f"offset must be at least 0, got {offset:g}")
+    duration, offset = duration_of(row), offset_of(row)
     text = string_value(row, "text").strip() if need_text else ""
     lang = row.get("lang")
     return Row(path, duration, offset, text, lang if isinstance(lang, str) else "")
@@ -80,6 +75,22 @@ def string_value(row: dict, key: str) -> str:
     except UnicodeEncodeError:
         raise RowError(f"{key} holds half a surrogate pair, which is no character") from None
     return value
+
+
+def duration_of(row: dict) -> float:
+    """Seconds, above 0. Raises RowError where it is not that."""
+    duration = _seconds(row, "duration")
+    if duration <= 0:
+        raise RowError(f"duration must be above 0, got {duration:g}")
+    return duration
+
+
+def offset_of(row: dict) -> float:
+    """Seconds, 0 where there is none. Raises RowError where it is not that."""
+    offset = _seconds(row, "offset") if row.get("offset") is not None else 0.0
+    if offset < 0:
+        raise RowError(f"offset must be at least 0, got {offset:g}")
+    return offset
 
 
 def _seconds(row: dict, key: str) -> float:

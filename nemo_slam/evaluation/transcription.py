@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nemo_slam.data.audio import SAMPLE_RATE, AudioError, load_audio
-from nemo_slam.data.manifest import RowError, parse_json, string_value
+from nemo_slam.data.manifest import RowError, duration_of, offset_of, parse_json, scan_lines, string_value
 
 if TYPE_CHECKING:
     from nemo.collections.asr.models import ASRModel
@@ -67,24 +67,23 @@ def find_items(inputs: Iterable[str | Path]) -> Iterator[Item]:
 
 
 def _manifest_items(manifest: Path) -> Iterator[Item]:
-    with open(manifest, "rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            if not raw.strip():
-                continue
-            where = f"{manifest}:{number}"
-            try:
-                row = parse_json(raw.removeprefix(b"\xef\xbb\xbf"))
-                named = Path(string_value(row, "audio_filepath")).expanduser()
-                path = Path(os.path.normpath(manifest.parent / named))
-                offset, duration = float(row.get("offset") or 0.0), row.get("duration")
-                duration = None if duration is None else float(duration)
-            except (RowError, TypeError, ValueError) as error:
-                yield Item(where, manifest, problem=f"{where}: {error}")
-                continue
-            kept = {"corpus": manifest.stem, **{key: row[key] for key in KEPT_KEYS if key in row}}
-            if offset:
-                kept["offset"] = offset
-            yield Item(where, path, offset, duration, kept)
+    for number, _, raw in scan_lines(manifest):
+        if raw.isspace():
+            continue
+        where = f"{manifest}:{number}"
+        try:
+            row = parse_json(raw)
+            named = Path(string_value(row, "audio_filepath")).expanduser()
+            path = Path(os.path.normpath(manifest.parent / named))
+            offset = offset_of(row)
+            duration = None if row.get("duration") is None else duration_of(row)
+        except RowError as error:
+            yield Item(where, manifest, problem=f"{where}: {error}")
+            continue
+        kept = {"corpus": manifest.stem, **{key: row[key] for key in KEPT_KEYS if key in row}}
+        if offset:
+            kept["offset"] = offset
+        yield Item(where, path, offset, duration, kept)
 
 
 def transcribe(
