@@ -23,8 +23,7 @@ def _allow(module: ModuleType) -> None:
     if not isinstance(prefixes, list):
         raise ImportError(
             f"{MODULE}.ALLOWED_TARGET_PREFIXES is not a list in this version of NeMo, so nemo_slam cannot "
-            "register its classes "
-            "there: use nemo_toolkit 3.0, or report the version to nemo_slam"
+            "register its classes there: use nemo_toolkit 3.0, or report the version to nemo_slam"
         )
     if PREFIX not in prefixes:
         prefixes.append(PREFIX)

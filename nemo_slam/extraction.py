@@ -1,8 +1,7 @@
 """Lets NeMo restore models on Python 3.10.0-3.10.11 and 3.11.0-3.11.3 (Debian 12 has 3.11.2).
 
 NeMo 3.0 unpacks a ``.nemo`` with ``TarFile.extract(..., filter="data")``, an argument that Python's security releases
-of 2023
-brought. Older ones get the same refusals here: members outside the folder, links, devices.
+of 2023 brought. Older ones get the same refusals here: members outside the folder, links, devices.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python scripts/transcribe.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_test.json --out es_test.jsonl
 
 Inputs are audio files, folders of them, and NeMo manifests; for models of mt and text_classification JSON-lines with
-their texts, or text files. A file that cannot be read is named on standard error and
-left out; the others are done, and the exit status is 1.
+their texts, or text files. A file that cannot be read is named on standard error and left out; the others are done, and
+the exit status is 1.
 """
 
 from __future__ import annotations

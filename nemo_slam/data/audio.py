@@ -12,7 +12,6 @@ import soundfile
 import soxr
 
 SAMPLE_RATE = 16_000
-SAMPLES_PER_FRAME = 160  # 10 ms, the unit of every budget
 
 # Manifests round durations, and lossy codecs pad or trim a frame or two: this much may be missing, in seconds.
 MISSING_TOLERANCE = 0.1

@@ -17,8 +17,6 @@ from nemo_slam.data.corpora.splits import group_splits
 
 VERSION = 1
 WORDS = tuple("abcdefghijklmnop")
-VOCABULARY = 34
-"""Pieces of its tokenizer: every word with its space, every letter without, the space, and <unk>: a piece a word."""
 SECONDS = 0.12
 TONES = 3  # of a chord
 FREQUENCIES = (200.0, 6000.0)  # hertz
