@@ -55,6 +55,18 @@ def check_keys(node: Mapping[str, Any], valid: Iterable[str], where: str) -> Non
             raise unknown_key(str(key), known, where)
 
 
+def flattened(node: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by dotted key; a list is a leaf.
+
+    >>> flattened({"a": {"b": 1}, "c": [2]}, "config")
+    {'config.a.b': 1, 'config.c': [2]}
+    """
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    inside = f"{prefix}." if prefix else ""
+    return {key: value for name, child in node.items() for key, value in flattened(child, f"{inside}{name}").items()}
+
+
 def parse(cls: type[T], node: Mapping[str, Any] | None, where: str) -> T:
     """Build a dataclass from a config node, nested dataclasses included.
 

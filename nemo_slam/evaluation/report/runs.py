@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from nemo_slam.config import flattened
 from nemo_slam.training.environment import FILE_NAME as ENVIRONMENT_FILE
 
 
@@ -105,10 +105,10 @@ def read_run(folder: Path, label: str | None = None) -> Run:
 
 
 def _lines(path: Path) -> list[str]:
-    """Whole lines of a JSON-lines file that may not exist; a last line that a kill cut short is left out."""
+    """Lines of a JSON-lines file that may not exist; a last one that a kill cut short is left out."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
 
 
 def read_metrics(path: Path) -> tuple[dict[str, Series], dict[str, Series]]:
@@ -150,23 +150,12 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     return [read_run(path, label) for path, label in zip(paths, labels, strict=True)]
 
 
-def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a config's leaves; a list is a leaf.
-
-    >>> flatten({"a": {"b": 1, "c": None}, "d": [2]})
-    {'a.b': 1, 'a.c': None, 'd': [2]}
-    """
-    if isinstance(node, dict) and node:
-        return {k: v for key, child in node.items() for k, v in flatten(child, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: node}
-
-
 MISSING = object()
 
 
 def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     """(key, value of each run) wherever configs differ. A copy that the config keeps of ``data`` is shown once."""
-    flat = [flatten(run.config) for run in runs]
+    flat = [flattened(run.config) for run in runs]
     keys = dict.fromkeys(key for leaves in flat for key in leaves)
     copies = ("model.train_ds.", "model.validation_ds.", "model.tokenizer.model_path", "model.seed")
     differences = []
@@ -181,7 +170,3 @@ def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 def _text(value: Any) -> str:
     return "null" if value is None else json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
-
-
-def is_finite(series: Series) -> bool:
-    return all(math.isfinite(value) for value in series.values)
