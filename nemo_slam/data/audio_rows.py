@@ -110,7 +110,8 @@ class AudioRows:
         except (RowError, AudioError) as error:
             reason = str(error)
         except OSError as error:
-            reason = f"{error.filename}: cannot be opened ({error.strerror})"
+            what = f"{error.filename}: cannot be opened" if error.filename else "cannot be read"
+            reason = f"{what} ({error.strerror or error})"
         self._stream._bad_row(example_id, reason, step)
         return None
 

@@ -114,7 +114,6 @@ def step_loader(
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
-    prefetch: int = 2,
 ) -> DataLoader:
     """A loader of micro-batches start .. end - 1, in order. Its contents do not depend on the number of workers.
 
@@ -124,30 +123,18 @@ def step_loader(
         end: one past the last.
         num_workers: processes that load; 0 to load in this one.
         pin_memory: page-lock batches for asynchronous copies to a GPU.
-        prefetch: batches that each worker holds ready.
     """
-    return _loader(dataset, range(start, end), num_workers, pin_memory, prefetch)
-
-
-def validation_loader(
-    dataset: ValidationDataset, *, num_workers: int = 0, pin_memory: bool = False, prefetch: int = 2
-) -> DataLoader:
-    """A loader of all validation batches, in order; can be gone through again and again."""
-    return _loader(dataset, range(len(dataset)), num_workers, pin_memory, prefetch)
-
-
-def _loader(dataset: Dataset, numbers: range, num_workers: int, pin_memory: bool, prefetch: int) -> DataLoader:
     workers: dict[str, Any] = {}
     if num_workers:
         # Workers end with the last batch. Persistent ones are left to the garbage collector, which may close the files
         # of their queues under the threads that write to them.
-        workers = {"prefetch_factor": prefetch, "worker_init_fn": _end_with_the_reader, "collate_fn": share}
+        workers = {"worker_init_fn": _end_with_the_reader, "collate_fn": share}
     # A generator of its own: a loader draws its workers' base seed from the global one, which a resumed run must find
     # untouched.
     return DataLoader(
         dataset,
         batch_size=None,
-        sampler=numbers,
+        sampler=range(start, end),
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),

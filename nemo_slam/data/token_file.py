@@ -117,9 +117,8 @@ class TokenReader:
 
         *Shape:* (num,) int64.
         """
-        size = Path(self._files.paths[0]).stat().st_size // self._dtype.itemsize
-        if size <= at_most:
-            return np.bincount(self.read(0, size), minlength=num)
+        if self._size <= at_most:
+            return np.bincount(self.read(0, self._size), minlength=num)
         length = at_most // stretches
-        starts = [(size - length) * i // (stretches - 1) for i in range(stretches)]
+        starts = [(self._size - length) * i // (stretches - 1) for i in range(stretches)]
         return np.bincount(np.concatenate([self.read(start, length) for start in starts]), minlength=num)

@@ -13,7 +13,7 @@ from nemo.utils import logging
 from torch.utils.data import DataLoader
 
 from nemo_slam.data.batch import StepBatch
-from nemo_slam.data.loader import StepDataset, ValidationDataset, step_loader, validation_loader
+from nemo_slam.data.loader import StepDataset, ValidationDataset, step_loader
 from nemo_slam.data.stream import Stream
 
 T = TypeVar("T")
@@ -99,4 +99,4 @@ class SLAMDataModule(LightningDataModule):
             return []
         dataset = ValidationDataset(self.validation, self.trainer.global_rank, self.trainer.world_size)
         # Validation reads little and seldom: no processes that would wait for it all along.
-        return validation_loader(dataset, num_workers=0, pin_memory=self.options["pin_memory"])
+        return step_loader(dataset, 0, len(dataset), pin_memory=self.options["pin_memory"])

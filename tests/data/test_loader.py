@@ -17,7 +17,7 @@ from corpus_helpers import write_manifest, write_tone
 from nemo_slam.data.bad_rows import BadRowError, BadRows, EmptyStreamError
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.data.config import ConfigError
-from nemo_slam.data.loader import StepDataset, ValidationDataset, build_streams, step_loader, validation_loader
+from nemo_slam.data.loader import StepDataset, ValidationDataset, build_streams, step_loader
 
 
 def node(corpus, **speech) -> dict:
@@ -101,7 +101,8 @@ def test_the_loader_leaves_the_global_random_state_alone(streams):
 def test_validation_covers_each_stream_once_in_fixed_batches(streams, world):
     seen = {"speech": Counter(), "text": Counter(), "pairs": Counter()}
     for rank in range(world):
-        loader = validation_loader(ValidationDataset(streams, rank, world))
+        dataset = ValidationDataset(streams, rank, world)
+        loader = step_loader(dataset, 0, len(dataset))
         batches = list(loader)
         assert len(loader) == len(batches) == max(s.sampler.steps_once for s in streams.values())
         for a, b in zip(batches, list(loader), strict=True):
