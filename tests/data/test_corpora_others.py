@@ -7,6 +7,7 @@ import wave
 
 import numpy as np
 import pytest
+import soundfile
 
 from nemo_slam.data.corpora import espeak, prepare, synthetic
 from nemo_slam.data.corpora.files import CorpusError
@@ -119,8 +120,6 @@ def test_resample_keeps_a_tone():
 @pytest.fixture
 def librispeech(tmp_path):
     """A miniature of the real folders: SPEAKER/CHAPTER/SPEAKER-CHAPTER-NNNN.flac and .trans.txt, upper case."""
-    soundfile = pytest.importorskip("soundfile")
-    pytest.importorskip("lhotse")
     source = tmp_path / "corpus" / "LibriSpeech"
     for part, speakers in (("train-clean-5", (1098, 116)), ("dev-clean-2", range(81, 96))):
         for speaker in speakers:
@@ -137,8 +136,6 @@ def librispeech(tmp_path):
 
 
 def test_mini_librispeech(tmp_path, librispeech):
-    import soundfile
-
     root = prepare("mini_librispeech", tmp_path / "corpus", source=librispeech)
     rows = {split: _rows(root, f"en_{split}") for split in SPLITS}
     assert [len(rows["train"]), len(rows["dev"]) + len(rows["test"])] == [4, 30]
@@ -169,11 +166,9 @@ def test_mini_librispeech_with_a_part_missing(tmp_path, librispeech):
 
 
 def test_mini_librispeech_offline_names_the_ways_out(tmp_path, monkeypatch):
-    recipes = pytest.importorskip("lhotse.recipes")
-
     def offline(*_, **__):
         raise OSError("name resolution failed")
 
-    monkeypatch.setattr(recipes, "download_librispeech", offline)
+    monkeypatch.setattr("lhotse.recipes.download_librispeech", offline)
     with pytest.raises(CorpusError, match=r"(?s)name resolution failed.*synthetic.*manifests"):
         prepare("mini_librispeech", tmp_path / "m")

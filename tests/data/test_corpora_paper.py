@@ -4,14 +4,14 @@ import gzip
 import json
 from itertools import product
 
+import lhotse
 import numpy as np
 import pytest
+import soundfile
 
 from nemo_slam.data.corpora import prepare
 from nemo_slam.data.corpora.files import CorpusError
 from nemo_slam.data.corpora.libri_light import windows
-
-soundfile = pytest.importorskip("soundfile")
 
 
 def rows(root, name):
@@ -189,7 +189,6 @@ def test_covost2_names_what_is_missing(tmp_path, covost):
 
 def test_any_corpus_of_lhotse(tmp_path):
     """A call of two channels and a plain file, as `lhotse prepare` writes them."""
-    lhotse = pytest.importorskip("lhotse")
     call = noise(tmp_path / "sw02001.wav", 4.0, rate=8000, channels=2)
     plain = noise(tmp_path / "plain.wav", 2.0)
     recordings = lhotse.RecordingSet.from_recordings(
