@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def slurm(tmp_path):
         )
         if signal_after is not None:
             while not (tmp_path / "srun.log").exists():
-                pass
+                time.sleep(0.01)
             job.send_signal(10)  # USR1
         log, _ = job.communicate(timeout=60)
         asked = (tmp_path / "asked.log").read_text().splitlines() if (tmp_path / "asked.log").exists() else []
