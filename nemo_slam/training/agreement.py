@@ -16,7 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 import nemo_slam
 import slam_kernels
+from nemo_slam.config import flattened
 from nemo_slam.training.environment import package_versions
+from nemo_slam.training.parallel import of_every_rank
 
 MOST = 10
 """Differences that a message lists."""
@@ -24,17 +26,6 @@ MOST = 10
 
 class DisagreementError(RuntimeError):
     """Ranks were started with different configs, data or code."""
-
-
-def flattened(node: Any, prefix: str) -> dict[str, Any]:
-    """The leaves of nested mappings, by dotted key.
-
-    >>> flattened({"a": {"b": 1}, "c": [2]}, "config")
-    {'config.a.b': 1, 'config.c': [2]}
-    """
-    if not isinstance(node, Mapping) or not node:
-        return {prefix: node}
-    return {key: value for name, child in node.items() for key, value in flattened(child, f"{prefix}.{name}").items()}
 
 
 def source_digest() -> str:
@@ -89,12 +80,9 @@ class Agreement(Callback):
             return
         # A short hash from everyone first: only if they differ does the whole config of every rank travel.
         digest = hashlib.blake2b(json.dumps(self.own, sort_keys=True).encode(), digest_size=16).hexdigest()
-        digests: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(digests, digest)
-        if len(set(digests)) == 1:
+        if len(set(of_every_rank(digest))) == 1:
             return
-        everyone: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(everyone, (socket.gethostname(), self.own))
+        everyone = of_every_rank((socket.gethostname(), self.own))
         lines = differences([own for _, own in everyone], [host for host, _ in everyone])
         more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
         raise DisagreementError(

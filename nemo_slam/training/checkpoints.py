@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from nemo.utils import logging
+
+from nemo_slam.training.parallel import of_every_rank
 
 NAME = re.compile(r"step_(\d+)\.ckpt")
 
@@ -95,14 +96,6 @@ def _set_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _of_every_rank(value: Any) -> list[Any]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def checkpoint_callback(trainer: Trainer) -> StepCheckpoint:
     """The trainer's :class:`StepCheckpoint`."""
     return next(callback for callback in trainer.callbacks if isinstance(callback, StepCheckpoint))
@@ -160,7 +153,7 @@ class StepCheckpoint(Callback):
         self._signalled = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random_state"] = _of_every_rank(_random_state())
+        checkpoint["random_state"] = of_every_rank(_random_state())
         checkpoint["identity"] = self.identity
         # NeMo's copy of the config, objects that no weights-only reader takes; the run folder has it as config.yaml.
         for key in ("hyper_parameters", "hparams_name", "hparams_type"):
@@ -182,9 +175,8 @@ class StepCheckpoint(Callback):
         names = [name for name in {**saved, **self.identity} if saved.get(name) != self.identity.get(name)]
         raise ValueError(
             f"{self.folder} holds checkpoints of a run with other data: {', '.join(names)} changed, so the steps "
-            "that follow would "
-            "repeat some examples and miss others. Put them back, or give the new run another name and start it "
-            "with init_from"
+            "that follow would repeat some examples and miss others. Put them back, or give the new run another name "
+            "and start it with init_from"
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -196,8 +188,7 @@ class StepCheckpoint(Callback):
         else:
             logging.warning(
                 f"the checkpoint holds the dropout state of {len(states)} ranks, this run has {trainer.world_size}: "
-                "dropout "
-                "goes on from the seed; batches, masks and order are exact all the same"
+                "dropout goes on from the seed; batches, masks and order are exact all the same"
             )
 
     def on_train_batch_end(

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from nemo_slam.data.config import STREAMS
 from nemo_slam.objectives.base import sum_over_ranks, world_size
 from nemo_slam.objectives.metrics import MetricAccumulator
+from nemo_slam.training.parallel import of_every_rank
 
-STREAMS = ("speech", "text", "pairs")
 SHARED_MEMORY = Path("/dev/shm")
 """Where loader workers put batches, on Linux."""
 
@@ -74,10 +74,9 @@ class StepGuard(Callback):
             )
         if trainer.is_global_zero and self.path.exists():
             # A resume repeats the steps after its checkpoint, and lists them again.
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= trainer.global_step]
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             part = self.path.with_suffix(".jsonl.part")
-            part.write_text("".join(line + "\n" for line in kept))
+            part.write_text("".join(line for line in whole if json.loads(line)["step"] <= trainer.global_step))
             os.replace(part, self.path)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -137,10 +136,7 @@ class StepGuard(Callback):
             ]
             for name in STREAMS
         }
-        shares: list[Any] = [own]
-        if world_size() > 1:
-            shares = [None] * world_size()
-            dist.all_gather_object(shares, own)
+        shares = of_every_rank(own)
         if not trainer.is_global_zero:
             return
         examples = {name: [pair for share in shares for pair in share[name]] for name in STREAMS}

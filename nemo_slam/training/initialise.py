@@ -56,21 +56,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"init_from: {path} does not exist")
-    if path.suffix == ".nemo":
-        try:
+    try:
+        if path.suffix == ".nemo":
             with tarfile.open(path) as archive:
                 member = next((m for m in archive.getmembers() if Path(m.name).name == "model_weights.ckpt"), None)
                 if member is None or not member.isfile():
                     raise ValueError(f"init_from: {path} holds no model_weights.ckpt, so it is not a NeMo model")
                 return torch.load(archive.extractfile(member), map_location="cpu", weights_only=True)
-        except tarfile.TarError as error:
-            raise ValueError(f"init_from: {path} is not a .nemo archive: {error}") from error
-    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except tarfile.TarError as error:
+        raise ValueError(f"init_from: {path} is not a .nemo archive: {error}") from error
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"init_from: {path} holds more than weights, which is refused: use the .nemo of that run "
-            f"({error.args[0][:120]})"
+            f"init_from: {path} is damaged, or holds more than weights, which is refused ({error.args[0][:120]}). "
+            "Expected a .nemo, or a checkpoint of scripts/speech_pretrain.py"
         ) from error
     if "state_dict" not in content:
         raise ValueError(f"init_from: {path} has no state_dict: expected a .nemo or a Lightning .ckpt")

@@ -62,6 +62,15 @@ def processes(trainer: Mapping[str, Any]) -> int:
     return count * int(trainer["num_nodes"])
 
 
+def of_every_rank(value: Any) -> list[Any]:
+    """Each rank's value, on all ranks, in their order; all of them must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def make_strategy(config: ParallelConfig, trainer: DictConfig) -> Strategy | str:
     """The ``strategy`` argument of Lightning's trainer."""
     timeout = timedelta(seconds=config.timeout_seconds)

@@ -90,7 +90,7 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         ScalingState(),
         *others,
     ]
-    trainer = Trainer(
+    return Trainer(
         **OmegaConf.to_container(cfg.trainer, resolve=True),
         strategy=make_strategy(parse(ParallelConfig, cfg.parallel, "parallel"), cfg.trainer),
         callbacks=callbacks,
@@ -103,7 +103,6 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         enable_model_summary=False,
         logger=make_loggers(cfg.exp_manager, run_folder),
     )
-    return trainer
 
 
 def start_up_table(

@@ -112,8 +112,6 @@ class RunMetrics(Callback):
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
         skipped = ("frames", "tokens", "positions", "attended_positions")
         figures = {k: v for k, v in pl_module.last_validation.items() if k.removeprefix("val_") not in skipped}
         self._write(trainer, trainer.global_step, figures)

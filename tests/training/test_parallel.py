@@ -6,8 +6,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_slam.config import parse
-from nemo_slam.training.agreement import MOST, differences, flattened
+from nemo_slam.config import flattened, parse
+from nemo_slam.training.agreement import MOST, differences
 from nemo_slam.training.parallel import ParallelConfig, make_strategy, processes
 
 STEPS = 4
@@ -124,6 +124,7 @@ def test_flattened():
         "x.a.c": {},
         "x.d": [{"e": 1}],
     }
+    assert flattened({"a": {"b": 1}, "c": None}) == {"a.b": 1, "c": None}
 
 
 @pytest.mark.parametrize(
