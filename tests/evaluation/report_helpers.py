@@ -62,7 +62,9 @@ def write_run(folder: Path, perplexity: float, gain: float, loss: float = 6.0, *
         )
     )
     rows = [{"step": 950 + i, "reason": "the loss is not finite", "ids": {}} for i in range(skipped)]
-    (folder / "skipped_steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "skipped_steps.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 2100, "ids": {"speech": []}'
+    )
     (folder / "bad_rows.jsonl").write_text('{"file": "x", "line": 3}\n{"file": "x", "li')
     return folder
 
