@@ -14,7 +14,6 @@ class BackendError(RuntimeError):
     """An explicit choice of backend that this machine or tensor cannot have."""
 
 
-@torch.compiler.assume_constant_result
 def triton_unavailable(device: torch.device | str) -> str | None:
     """Why the Triton kernels cannot run on ``device``; None if they can.
 
