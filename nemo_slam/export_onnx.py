@@ -11,7 +11,8 @@ import torch
 from nemo.collections.asr.models import EncDecCTCModelBPE
 from torch import Tensor, nn
 
-from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_config, read_pretrained
+from nemo_slam.archive import read_config
+from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.models.encoder import SLAMEncoder
 from nemo_slam.models.padded import PaddedEncoder
 

@@ -10,13 +10,13 @@ import torch
 from nemo.core.classes import ModelPT
 from torch import nn
 
+from nemo_slam.archive import read_config
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.data.config import PairsConfig, SpeechConfig
 from nemo_slam.data.pairs import PairStream
 from nemo_slam.data.speech import SpeechStream
 from nemo_slam.evaluation.probes import effective_rank, probe
 from nemo_slam.export_onnx import load_encoder
-from nemo_slam.finetuning.pretrained import read_config
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.objectives.base import Metric
 

@@ -170,7 +170,7 @@ def restore(path: str | Path) -> ASRModel | TextModel:
     from nemo.collections.asr.models import ASRModel
     from nemo.core.classes import ModelPT
 
-    from nemo_slam.finetuning.pretrained import read_config
+    from nemo_slam.archive import read_config
 
     config = read_config(path)
     target = str(config.get("target"))

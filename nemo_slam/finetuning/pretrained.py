@@ -6,15 +6,14 @@ The archive is read, never unpacked: a path in it is a name to look up, its YAML
 from __future__ import annotations
 
 import copy
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor, nn
 
+from nemo_slam.archive import read_config, read_tokenizer
 from nemo_slam.training.initialise import LoadReport, load_weights, read_weights
 
 ENCODER = "nemo_slam.models.encoder.SLAMEncoder"
@@ -26,8 +25,6 @@ RUN_TIME = frozenset({"dropout", "dropout_att", "attention", "kernels", "fp8", "
 """Keys of ``encoder.conformer`` that no weight depends on: the fine-tuning config decides them."""
 
 PREPROCESSOR = "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor"
-_CONFIG_LIMIT = 16 << 20
-_TOKENIZER_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -52,35 +49,6 @@ class Pretrained:
         layers = [str(node["num_layers"]) for node in self.architecture.values() if "num_layers" in node]
         width = self.architecture["conformer"].get("d_model")
         return f"width {width}, {' + '.join(layers)} layers, {len(self.weights)} tensors"
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """The ``model_config.yaml`` of a ``.nemo`` archive, as plain data.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a NeMo archive.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with tarfile.open(path) as archive:
-            members = [m for m in archive if Path(m.name).name == "model_config.yaml" and m.isfile()]
-            if not members:
-                raise ValueError(f"{path} holds no model_config.yaml, so it is not a NeMo model")
-            if members[0].size > _CONFIG_LIMIT:
-                raise ValueError(f"the model_config.yaml of {path} has {members[0].size} bytes: no config")
-            file = archive.extractfile(members[0])
-            assert file is not None
-            config = yaml.safe_load(file.read())
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not a .nemo archive: {error}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"the model_config.yaml of {path} is not plain YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"the model_config.yaml of {path} holds no keys")
-    return config
 
 
 def read_pretrained(path: str | Path, kind: str = "speech") -> Pretrained:
@@ -114,22 +82,6 @@ def read_pretrained(path: str | Path, kind: str = "speech") -> Pretrained:
         raise ValueError(f"init_from: {path} has no preprocessor, so its features are unknown")
     preprocessor = {**config["preprocessor"], "_target_": PREPROCESSOR, "dither": 0.0, "pad_to": 0}
     return Pretrained(path, architecture, weights, preprocessor=preprocessor)
-
-
-def read_tokenizer(path: Path, config: Mapping[str, Any]) -> bytes:
-    """The SentencePiece model that the encoder's text went through, out of the archive.
-
-    Raises:
-        ValueError: the archive has none.
-    """
-    node = config.get("source_tokenizer") or config.get("tokenizer") or {}
-    name = Path(str(node.get("model_path", "")).removeprefix("nemo:")).name
-    with tarfile.open(path) as archive:
-        member = next((m for m in archive if name and Path(m.name).name == name and m.isfile()), None)
-        file = None if member is None else archive.extractfile(member)
-        if member is None or file is None or member.size > _TOKENIZER_LIMIT:
-            raise ValueError(f"init_from: {path} holds no tokenizer of its encoder's text")
-        return file.read()
 
 
 def encoder_weights(weights: Mapping[str, Tensor], kind: str = "speech") -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_slam.archive import read_config, read_tokenizer
 from nemo_slam.config import parse
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.loader import build_streams
@@ -208,6 +209,7 @@ def pretrain(cfg: DictConfig) -> Path:
         logging.info(f"resuming from step {resume[0]} ({resume[1]})")
     elif cfg.init_from is not None:
         logging.info(str(load_weights(model, read_weights(cfg.init_from), cfg.init_from, MINIMUM_INITIALISED)))
+        check_same_tokenizer(Path(cfg.init_from), model.tokenizer_model)
     if trainer.is_global_zero:
         _save_config(cfg, run_folder)
         logging.info(start_up_table(trainer, model, numbers, train))
@@ -249,6 +251,21 @@ def fit(
     with memory_advice(cfg), disk_advice(Path(cfg.exp_manager.exp_dir) / cfg.name), lost_ranks:
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
     exit_if_terminated(trainer)
+
+
+def check_same_tokenizer(start: Path, tokenizer: Path) -> None:
+    """The text embedding of ``init_from`` stands for the pieces that it was trained with.
+
+    Raises:
+        ValueError: those of another tokenizer.
+    """
+    if start.suffix != ".nemo":
+        logging.warning(f"init_from: {start} holds no tokenizer, so it cannot be compared with {tokenizer}")
+    elif read_tokenizer(start, read_config(start)) != tokenizer.read_bytes():
+        raise ValueError(
+            f"init_from: {start} was trained with another tokenizer than {tokenizer}: its text embedding would stand "
+            f"for other pieces. Name its own as data.tokenizer.model_path; it lies in that archive (tar -tf {start})"
+        )
 
 
 def data_identity(cfg: DictConfig, streams: dict[str, Stream]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 import yaml
 
-from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_config, read_pretrained
+from nemo_slam.archive import read_config
+from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.models.encoder import SLAMEncoder
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 

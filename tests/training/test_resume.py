@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 from lightning.pytorch import Callback
 
@@ -151,6 +152,22 @@ def test_stage_2_starts_from_stage_1_and_says_what_was_loaded(pretrain_config, m
     report = next(text for text in messages if text.startswith("initialised from"))
     assert "left as initialised: objectives.matching.head.weight (32), objectives.matching.head.bias (1)" in report
     assert "in the file but not in the model" not in report
+
+
+def test_a_start_with_another_tokenizer_is_refused(pretrain_config, tmp_path):
+    """As many pieces, so every shape fits, but other ones."""
+    first = module.pretrain(pretrain_config(1, "trainer.max_steps=1"))
+    text = tmp_path / "other.txt"
+    text.write_text("zwei kleine worte und ein drittes\n" * 50)
+    other = tmp_path / "other.model"
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(other.with_suffix("")), vocab_size=32, hard_vocab_limit=False, minloglevel=2
+    )
+    config = pretrain_config(
+        *(2, "trainer.max_steps=1", f"data.tokenizer.model_path={other}", f"init_from={first}/slam_stage1.nemo")
+    )
+    with pytest.raises(ValueError, match=r"slam_stage1.nemo was trained with another tokenizer than .*data.tokenizer"):
+        module.pretrain(config)
 
 
 def test_stage_3_starts_from_stage_2_and_trains_speech_alone(pretrain_config, monkeypatch):
