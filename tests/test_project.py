@@ -97,8 +97,10 @@ def timed(command: list[str]) -> tuple[float, subprocess.CompletedProcess]:
     "script", ["speech_pretrain.py", "speech_finetune.py", "prepare_data.py", "train_tokenizer.py"]
 )
 def test_help_answers_at_once(script):
-    seconds, result = timed([sys.executable, f"scripts/{script}", "--help"])
+    seconds, result = timed([sys.executable, "-X", "importtime", f"scripts/{script}", "--help"])
     assert result.returncode == 0, result.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert not loaded & {"torch", "numpy", "nemo", "lhotse", "sentencepiece"}
     assert f"scripts/{script}" in result.stdout or f"usage: {script}" in result.stdout
     assert seconds < 2.5
 

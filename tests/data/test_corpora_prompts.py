@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from G722 import G722
 from miniature_debs import write_deb
 
 from nemo_slam.data.corpora import apt, prepare, prompts
 from nemo_slam.data.corpora.files import CorpusError, sha256
 from nemo_slam.data.corpora.normalise import fold
-
-G722 = pytest.importorskip("G722", reason="the G.722 codec (package G722) is not installed").G722
 
 SHARED = 60  # prompt ids in every language
 # Equal but for a diacritic, under different ids; "Extension" is among them.

@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from nemo_slam.data.corpora.files import sha256
 from nemo_slam.data.tokenizer import TokenizerError, ensure_tokenizer, read_lines, train_on_lines, train_tokenizer
-
-sentencepiece = pytest.importorskip("sentencepiece")
 
 FILES = ("tokenizer.model", "tokenizer.vocab", "vocab.txt")
 # Enough different words for a hundred pieces or two, over 19 letters.
@@ -29,7 +28,7 @@ def _text(path: Path, lines: int = 300, seed: int = 0, words: list[str] = WORDS)
     return path
 
 
-def _load(folder: Path) -> "sentencepiece.SentencePieceProcessor":
+def _load(folder: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
@@ -66,7 +65,8 @@ def test_vocabulary_files_are_those_sentencepiece_and_nemo_write(tmp_path):
 
 @pytest.mark.slow
 def test_nemo_reads_the_folder_and_writes_the_same_vocabulary(tmp_path):
-    module = pytest.importorskip("nemo.collections.common.tokenizers.sentencepiece_tokenizer")
+    from nemo.collections.common.tokenizers import sentencepiece_tokenizer as module
+
     text = _text(tmp_path / "text.txt")
     out = train_tokenizer([text], tmp_path / "out", 60)
     _, vocabulary = module.create_spt_model(str(text), 60, -1, False, output_dir=str(tmp_path / "nemo"))
