@@ -47,7 +47,7 @@ class Ablations:
     )
     probe_config: str = "asr_ctc"
     probe_steps: int = 300
-    probe_keys: tuple[str, ...] = ("model=tiny", "checkpoint.keep_last=1")
+    probe_keys: tuple[str, ...] = ("model=tiny", "checkpoint.keep_last=1", "model.encoder.conformer.dropout=0.0")
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: Mapping[str, Variant] = field(
         default_factory=lambda: {

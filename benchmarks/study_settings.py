@@ -10,6 +10,7 @@ BASELINE = "scratch"
 
 _ARMS = ("speech", "stage1", "stage2", "one-stage")
 _DROPOUT = ("model.encoder.conformer.dropout=0.1",)
+_NO_DROPOUT = ("model.encoder.conformer.dropout=0.0",)
 _LITTLE_MASKING = ("model.spec_augment.freq_width=15", "model.spec_augment.time_masks=2")  # the default of model=tiny
 _MUCH_MASKING = ("model.spec_augment.freq_width=27", "model.spec_augment.time_masks=10")
 
@@ -90,8 +91,8 @@ class Study:
             "asr": Task(
                 *("Spanish recognition (CTC)", "asr_ctc", 600, _ARMS, ("all",)),
                 *("text", ("cer", "wer"), ("es",)),
-                choices={"usual": (), "afresh": ("reinit_last_layers=2",), "dropout": _DROPOUT},
-                baseline_choices={"usual": (), "masked": _MUCH_MASKING, "dropout": _DROPOUT},
+                choices={"usual": _NO_DROPOUT, "afresh": (*_NO_DROPOUT, "reinit_last_layers=2"), "dropout": _DROPOUT},
+                baseline_choices={"usual": _NO_DROPOUT, "masked": (*_NO_DROPOUT, *_MUCH_MASKING), "dropout": _DROPOUT},
                 marks={
                     "stock NeMo from scratch": {
                         "cer": 19,
@@ -113,18 +114,27 @@ class Study:
                 *("Spanish recognition (CTC) in a third of the steps", "asr_ctc", 200),
                 *(("stage2", "one-stage"), ("all",)),
                 *("text", ("cer", "wer"), ("es",)),
-                keys=("model.optim_param_groups.encoder.warmup_steps=50",),
+                keys=("model.optim_param_groups.encoder.warmup_steps=50", *_NO_DROPOUT),
             ),
             "few": Task(
                 *("Spanish recognition (CTC)", "asr_ctc", 300, _ARMS, ("few",)),
                 *("text", ("cer", "wer"), ("es",)),
                 keys=_MUCH_MASKING,
-                choices={"trained": (), "frozen": ("freeze_encoder_steps=300",), "dropout": _DROPOUT},
-                baseline_choices={"trained": (), "light": _LITTLE_MASKING, "dropout": _DROPOUT},
+                choices={
+                    "trained": _NO_DROPOUT,
+                    "frozen": (*_NO_DROPOUT, "freeze_encoder_steps=300"),
+                    "dropout": _DROPOUT,
+                },
+                baseline_choices={
+                    "trained": _NO_DROPOUT,
+                    "light": (*_NO_DROPOUT, *_LITTLE_MASKING),
+                    "dropout": _DROPOUT,
+                },
             ),
             "st": Task(
                 *("Spanish and French speech to English text", "st", 600, ("stage2", "one-stage"), ("all",)),
                 *("translation", ("bleu", "chrf"), ("es", "fr")),
+                keys=_NO_DROPOUT,
             ),
         }
     )

@@ -24,7 +24,8 @@ def page(study: Mapping[str, Any]) -> str:
         f"{study['longest_test']:g} s) too. These figures compare ways to start; they do not say how well anything "
         "recognises or translates speech.",
         "",
-        "Fine-tuning has the same steps for all arms, and where a table names settings each arm chooses among as many, "
+        "Fine-tuning has the same steps for all arms; pre-training comes on top, and scratch was not given its time. "
+        "Where a table names settings each arm chooses among as many, "
         f"on the dev utterances with the first seed. {study['history']} {len(seeds)} seed(s) "
         f"({', '.join(map(str, seeds))}). **Each arm was pre-trained once**, and its fine-tuning seeds share that "
         "encoder: nothing here says how far another pre-training would have come. Intervals: 95%, by "

@@ -268,9 +268,11 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
         "60.0, kept frozen; "
     ) in text
     assert (
-        " The first seed's run with what was kept is one of those compared. What they mean: light "
-        "`model.spec_augment.freq_width=15 model.spec_augment.time_masks=2`, dropout "
-        "`model.encoder.conformer.dropout=0.1`, frozen `freeze_encoder_steps=300`.\n"
+        " The first seed's run with what was kept is one of those compared. What they mean: trained "
+        "`model.encoder.conformer.dropout=0.0`, light `model.encoder.conformer.dropout=0.0 "
+        "model.spec_augment.freq_width=15 model.spec_augment.time_masks=2`, dropout "
+        "`model.encoder.conformer.dropout=0.1`, frozen `model.encoder.conformer.dropout=0.0 "
+        "freeze_encoder_steps=300`.\n"
     ) in text
     assert "Not all settings were fixed beforehand" in text
     # Two seeds of two tasks with five arms and two with three; with the first seed two tasks' two other choices.
@@ -288,6 +290,12 @@ def test_the_page_says_what_the_numbers_say(study, tmp_path, monkeypatch):
                     "high": -difference["low"],
                 }
     assert "better: stage2 (-20.0); worse: speech (+10.0)" in page(found)
+
+
+def test_the_page_is_that_of_the_result_file():
+    root = Path(__file__).parents[2]
+    found = json.loads((root / "benchmarks" / "results" / "results.json").read_text())
+    assert (root / "docs" / "results.md").read_text() == page(found)
 
 
 def test_other_utterances_cannot_be_compared(tmp_path):
