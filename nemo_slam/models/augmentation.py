@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nemo_slam.data.batch import SpeechBatch
 from nemo_slam.data.sampling import keyed_words
+from nemo_slam.packing import to_device
 from nemo_slam.randomness import Randomness
 from slam_kernels import apply_spans
 
@@ -92,14 +93,14 @@ def add_noise(batch: SpeechBatch, config: AugmentationConfig, randomness: Random
         return batch
     device, width = audio.device, audio.shape[1]
     with torch.autocast(device.type, enabled=False):
-        noise = _coloured(_white(plan, batch, width, randomness, backend), torch.as_tensor(plan.colour).to(audio))
+        noise = _coloured(_white(plan, batch, width, randomness, backend), to_device(plan.colour, device, audio.dtype))
         lengths = batch.audio_lengths.to(device)
         noise = noise.masked_fill(torch.arange(width, device=device) >= lengths[:, None], 0.0)
-        begin = torch.as_tensor(plan.start).to(device) * ROW
-        covered = (torch.minimum(begin + torch.as_tensor(plan.size).to(device) * ROW, lengths) - begin).clamp(min=1)
+        begin = to_device(plan.start, device) * ROW
+        covered = (torch.minimum(begin + to_device(plan.size, device) * ROW, lengths) - begin).clamp(min=1)
         speech_energy = audio.square().sum(dim=1) / lengths
         noise_energy = noise.square().sum(dim=1) / covered
-        wanted = speech_energy * torch.as_tensor(10.0 ** (-plan.snr / 10)).to(audio)
+        wanted = speech_energy * to_device(10.0 ** (-plan.snr / 10), device, audio.dtype)
         scale = (wanted / noise_energy.clamp(min=torch.finfo(audio.dtype).tiny)).sqrt()
         return replace(batch, audio=audio + scale[:, None] * noise)
 
@@ -112,7 +113,7 @@ def _white(plan: NoisePlan, batch: SpeechBatch, width: int, randomness: Randomne
     rows, _ = apply_spans(
         audio.new_zeros(total, ROW),
         torch.ones(total, dtype=torch.bool, device=audio.device),
-        torch.as_tensor(cu_seqlens, dtype=torch.int32).to(audio.device),
+        to_device(cu_seqlens, audio.device, torch.int32),
         batch.ids[some].to(audio.device),
         batch.epochs[some].to(audio.device),
         key=randomness.key("augmentation"),
@@ -123,7 +124,7 @@ def _white(plan: NoisePlan, batch: SpeechBatch, width: int, randomness: Randomne
     slots = -(-width // ROW)
     places = np.concatenate([u * slots + np.arange(plan.start[u], plan.start[u] + plan.size[u]) for u in some])
     noise = audio.new_zeros(len(audio) * slots, ROW)
-    noise[torch.as_tensor(places).to(audio.device)] = rows
+    noise[to_device(places, audio.device)] = rows
     return noise.view(len(audio), slots * ROW)[:, :width]
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from nemo_slam.objectives.base import Loss, Metric, Objective, ObjectiveOutput, count
 from nemo_slam.objectives.inputs import MultimodalInput, SpeechInput, SpeechMasking, TextInput
 from nemo_slam.objectives.spelling import symbol_count
+from nemo_slam.packing import to_device
 
 if TYPE_CHECKING:
     from nemo_slam.models.step import StepOutputs
@@ -72,8 +73,8 @@ class PairCTC(Objective):
         device = outputs.hidden.device
         frames = outputs.packed_speech.lengths[self.source][:, 0]
         lengths = outputs.packed_text.lengths[self.source][:, 0]
-        rows = torch.as_tensor(outputs.rows(self.source, "speech")).to(device)
-        token_rows = torch.as_tensor(outputs.packed_text.rows_of(self.source, 0)).to(device)
+        rows = to_device(outputs.rows(self.source, "speech"), device)
+        token_rows = to_device(outputs.packed_text.rows_of(self.source, 0), device)
         logits = self.head(outputs.hidden.index_select(0, rows))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         tokens = outputs.tokens.index_select(0, token_rows)
@@ -84,8 +85,8 @@ class PairCTC(Objective):
         place = np.full((pairs, width), len(logits), np.int64)
         place[np.arange(width) < frames[:, None]] = np.arange(len(logits))
         padded = torch.cat([logits.log_softmax(dim=-1), logits.new_zeros(1, logits.shape[1])])
-        padded = padded[torch.as_tensor(place.T.copy()).to(device)]
-        sizes, spans = torch.as_tensor(lengths).to(device), torch.as_tensor(frames).to(device)
+        padded = padded[to_device(place.T.copy(), device)]
+        sizes, spans = to_device(lengths, device), to_device(frames, device)
         possible = spans >= sizes + self._repeats(tokens, lengths)
         # The sum over no rows keeps the head in the graph of a step without a pair.
         loss = logits.sum() * 0
@@ -117,6 +118,6 @@ class PairCTC(Objective):
         first = np.zeros(len(tokens), bool)
         first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
         equal = torch.cat([tokens.new_zeros(1, dtype=torch.bool), tokens[1:] == tokens[:-1]])
-        equal = equal & ~torch.as_tensor(first).to(tokens.device)
-        text = torch.as_tensor(np.repeat(np.arange(len(lengths)), lengths)).to(tokens.device)
+        equal = equal & ~to_device(first, tokens.device)
+        text = to_device(np.repeat(np.arange(len(lengths)), lengths), tokens.device)
         return torch.zeros(len(lengths), dtype=torch.int64, device=tokens.device).index_add(0, text, equal.long())

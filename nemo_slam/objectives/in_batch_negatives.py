@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from nemo_slam.data.batch import PairBatch
 from nemo_slam.objectives.base import Loss, Metric, ObjectiveOutput, count, gather_over_ranks
+from nemo_slam.packing import to_device
 from slam_kernels import gumbel_noise
 
 TEMPERATURE = 0.07
@@ -51,7 +52,7 @@ class ChosenTexts:
 
 def mean_rows(rows: Tensor, lengths: np.ndarray) -> Tensor:
     """The mean of each sequence of rows laid end to end. *Shape:* (sum of lengths, D), (B,) -> (B, D)."""
-    sizes = torch.as_tensor(lengths).to(rows.device)
+    sizes = to_device(lengths, rows.device)
     rows = rows if rows.dtype == torch.float64 else rows.float()
     sums = torch.segment_reduce(rows, "sum", lengths=sizes, axis=0, unsafe=True, initial=0)
     return sums / sizes.clamp(min=1)[:, None]
@@ -93,11 +94,11 @@ class InBatchNegatives(nn.Module):
             similarities = self.similarities(*pooled.unbind(dim=1))
         own = slice(first, first + size)
         differs = classes[own, None] != classes
-        rivals = torch.as_tensor(differs).to(device)
+        rivals = to_device(differs, device)
         index = np.full(size, -1, np.int64)
         if differs.any():
             # Columns of noise belong to texts in an order that is the same whoever holds them.
-            column = torch.as_tensor(np.argsort(np.lexsort((ids, epochs)))).to(device)
+            column = to_device(np.argsort(np.lexsort((ids, epochs))), device)
             sequences = torch.arange(size + 1, device=device)
             noise = gumbel_noise(
                 sequences[:-1],
