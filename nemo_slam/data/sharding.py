@@ -233,7 +233,9 @@ def _record(out: Path, shard: int) -> Path:
 
 def _shard_is_done(out: Path, shard: int, identity: str) -> bool:
     path = _record(out, shard)
-    record = json.loads(path.read_text()) if path.exists() else {"identity": None}
+    if not path.exists():
+        return False
+    record = json.loads(path.read_text())
     return record["identity"] == identity and sizes_agree(out, record["files"])
 
 
