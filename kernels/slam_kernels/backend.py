@@ -8,6 +8,7 @@ import os
 import torch
 
 CHOICES = ("auto", "triton", "torch")
+_INSTALLED = importlib.util.find_spec("triton") is not None  # once: a compiled layer asks too, and cannot trace this
 
 
 class BackendError(RuntimeError):
@@ -21,7 +22,7 @@ def triton_unavailable(device: torch.device | str) -> str | None:
     tests: it is hundreds of times slower than the twins.
     """
     device = torch.device(device)
-    if importlib.util.find_spec("triton") is None:
+    if not _INSTALLED:
         return "the package triton is not installed (pip install --no-deps a triton that pairs with this torch)"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET", "0") == "1":

@@ -34,7 +34,7 @@ def test_triton_on_the_cpu_is_an_error():
 
 
 def test_missing_triton_is_an_error_and_auto_falls_back(monkeypatch):
-    monkeypatch.setattr(backend_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend_module, "_INSTALLED", False)
     assert "not installed" in triton_unavailable("cuda")
     assert resolve("auto", "cuda") == "torch"
     with pytest.raises(BackendError, match="not installed"):
