@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from nemo_slam.modules.attention_te import TransformerEngineAttention
 from nemo_slam.modules.conformer import ConformerConfig, PackedConformerLayer
 from nemo_slam.packing import SequenceLayout
 from nemo_slam.training import optimizers
+from nemo_slam.training.parallel import of_every_rank
 from slam_kernels import BackendError
 from slam_kernels import backend as kernel_backend
 
@@ -142,10 +142,7 @@ class ScalingState(Callback):
                 state = borrower.state()
                 if state is not None and state.numel():
                     own[f"{name}/{key}"] = state
-        shares: list[Any] = [own]
-        if dist.is_available() and dist.is_initialized():
-            shares = [None] * dist.get_world_size()
-            dist.all_gather_object(shares, own)
+        shares = of_every_rank(own)
         if any(shares):
             checkpoint[self.KEY] = shares
 
