@@ -4,11 +4,10 @@
     python benchmarks/ablations.py --variants base no_ctc --seeds 0      # a part; more later, the rest is kept
     python benchmarks/ablations.py --quick --folder /tmp/ablations       # two steps a run: whether it works
 
-Each variant is pre-trained from scratch in one stage; a linear layer then learns to recognise Spanish on its frozen
-encoder from 40 utterances. Every run is a command of this project with its own run folder; calling again goes on where
-it stopped. The whole writes benchmarks/results/ablations.json, docs/ablations.md and its pictures in docs/images, a
-part of it or --quick writes to --folder. The settings stand in ablations_settings.py. Several calls at once may share a
-folder if they have different seeds.
+Each variant is pre-trained from scratch in one stage, then fine-tuned to recognise Spanish in few steps. Every run is a
+command of this project with its own run folder; calling again goes on where it stopped, and several calls may share a
+folder. The whole writes benchmarks/results/ablations.json, docs/ablations.md and its pictures in docs/images, a part of
+it or --quick writes to --folder. The settings stand in ablations_settings.py.
 """
 
 from __future__ import annotations
@@ -17,12 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-import study  # these two beside this file
-from ablations_settings import ABLATIONS, UNTRAINED
+from ablations_settings import ABLATIONS, UNTRAINED  # these beside this file
 from steps import ROOT, Step, run
-
-TASK = "few"
-"""The study's task whose utterances are used."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,12 +40,11 @@ class Plan:
         self.folder: Path = options.folder
         self.arms = [arm for arm in (*self.settings.variants, UNTRAINED) if arm in options.variants]
         self.seeds: list[int] = options.seeds
-        places = ["--folder", str(options.folder), "--data-root", str(options.data_root)]
-        self.study = study.Plan(study.parse_arguments([*places, "--tasks", TASK, "--arms", study.BASELINE]))
+        self.judged_on = [options.data_root / name for name in self.settings.judged_on]
         self.common = (f"data.root={options.data_root}", f"exp_manager.exp_dir={self.folder}")
 
     def nemo(self, kind: str, arm: str, seed: int) -> Path:
-        """``kind``: pretrain or probe."""
+        """``kind``: pretrain or finetune."""
         name = f"{kind}_{arm}_{seed}"
         return self.folder / name / f"{name}.nemo"
 
@@ -68,21 +62,18 @@ class Plan:
         arguments = ("--config-name", settings.config, f"name={nemo.stem}", *own)
         return Step(nemo.stem, "speech_pretrain.py", arguments, nemo, self.wrapper(arm))
 
-    def probing(self, arm: str, seed: int) -> list[Step]:
-        """A linear layer on the frozen encoder, its transcripts, and the encoder's effective rank."""
-        settings, nemo, wrapper = self.settings, self.nemo("probe", arm, seed), self.wrapper(arm)
-        keys = [*self.common, *settings.probe_keys, f"seed={seed}"]
-        keys += [f"trainer.max_steps={settings.probe_steps}", f"freeze_encoder_steps={settings.probe_steps}"]
-        keys.append(f"data.train_ds.manifest_filepath={self.study.manifest(TASK, 'few')}")
+    def judging(self, arm: str, seed: int) -> list[Step]:
+        """Fine-tuning, and the transcripts of utterances that nothing was trained on."""
+        settings, nemo, wrapper = self.settings, self.nemo("finetune", arm, seed), self.wrapper(arm)
+        keys = [*self.common, *settings.task_keys, f"trainer.max_steps={settings.task_steps}", f"seed={seed}"]
         if arm != UNTRAINED:
             keys.append(f"init_from={self.nemo('pretrain', arm, seed)}")
-        train = ("--config-name", settings.probe_config, f"name={nemo.stem}", *keys)
-        given = (str(nemo), str(self.study.manifest(TASK, "test")))
-        test, rank = (self.output("probe", arm, seed, file) for file in ("test.jsonl", "rank.json"))
+        train = ("--config-name", settings.task, f"name={nemo.stem}", *keys)
+        out = self.output("finetune", arm, seed, "transcripts.jsonl")
+        given = (str(nemo), *map(str, self.judged_on), "--out", str(out))
         return [
             Step(nemo.stem, "speech_finetune.py", train, nemo, wrapper),
-            Step(f"{nemo.stem}: test", "transcribe.py", (*given, "--out", str(test)), test, wrapper),
-            Step(f"{nemo.stem}: rank", "evaluate.py", (*given, "--probes", "--out", str(rank)), rank, wrapper),
+            Step(f"{nemo.stem}: transcripts", "transcribe.py", given, out, wrapper),
         ]
 
     def steps(self) -> list[Step]:
@@ -91,7 +82,7 @@ class Plan:
         for seed in self.seeds:
             for arm in self.arms:
                 found += [] if arm == UNTRAINED else [self.pretraining(arm, seed)]
-                found += self.probing(arm, seed)
+                found += self.judging(arm, seed)
         return found
 
 
@@ -106,7 +97,6 @@ def main() -> None:
         return
     if not (options.data_root / "corpus.json").is_file():
         sys.exit(f"ablations: {options.data_root} is no prepared corpus: run python scripts/prepare_data.py prompts")
-    study.write_manifests(plan.study, options.data_root)
     for number, step in enumerate(steps, 1):
         print(f"[{number}/{len(steps)}] {step.name}", flush=True)
         run(step, options.folder)

@@ -54,8 +54,8 @@ def page(found: Mapping[str, Any]) -> str:
         "steps to begin looks useless here.",
         "* What a part does on its own. Each is taken from a mixture with the base's weights, and a part with a small "
         "weight can matter little. No setting was tuned again for a variant, and no two changes were tried together.",
-        f"* Much about other seeds: there are {len(seeds)} ({', '.join(map(str, seeds))}), of pre-training and of the "
-        f"linear layer. Intervals: 95%, by {RESAMPLES} bootstrap resamples of the test utterances, each drawn with all "
+        f"* Much about other seeds: there are {len(seeds)} ({', '.join(map(str, seeds))}), of pre-training and of "
+        f"fine-tuning. Intervals: 95%, by {RESAMPLES} bootstrap resamples of the test utterances, each drawn with all "
         "its seeds, differences paired by utterance. That spans utterances, not seeds; so a variant is called better "
         "or worse only if the interval is clear of zero and every seed is on that side.",
         f"* All of them at once: {len(compared(found))} differences, each with an interval of its own; with so many, "
@@ -68,11 +68,11 @@ def page(found: Mapping[str, Any]) -> str:
         "",
         "Minutes of wall time a seed, whatever else ran on the machine.",
         "",
-        "| variant | pre-training | linear layer, transcripts, rank |",
+        "| variant | pre-training | fine-tuning, transcripts |",
         "|---|---|---|",
     ]
     for arm, row in variants.items():
-        lines.append(f"| {arm} | {row['minutes']['pre-training']:.1f} | {row['minutes']['probe']:.1f} |")
+        lines.append(f"| {arm} | {row['minutes']['pre-training']:.1f} | {row['minutes']['fine-tuning']:.1f} |")
     total, there = sum(found["seconds"].values()) / 3600, found["environment"]
     made = ", ".join(commit[:13] for commit in found["commits"])
     return (
@@ -82,7 +82,8 @@ def page(found: Mapping[str, Any]) -> str:
 
 def _design(found: Mapping[str, Any]) -> str:
     settings, base = found["settings"], found["base"]
-    said = f"One stage from scratch: `{settings['config']}` with `model=tiny`, {settings['steps']} steps"
+    keys = ", ".join(f"`{key}`" for key in settings["keys"])
+    said = f"One stage from scratch: `{settings['config']}` with {keys}, {settings['steps']} steps"
     if base is not None:
         each, hours = base["seconds_per_step"], base["hours"]
         said += (
@@ -91,8 +92,8 @@ def _design(found: Mapping[str, Any]) -> str:
             f"Weights: {', '.join(f'{name} {weight:g}' for name, weight in base['weights'].items())}"
         )
     return (
-        f"{said}. Each variant changes one thing. Then a linear layer learns Spanish recognition (CTC) from "
-        f"{found['labelled']} utterances in {settings['probe_steps']} steps, on the encoder, whose rate is 0."
+        f"{said}. Each variant changes one thing. Then {settings['task_steps']} steps of fine-tuning for Spanish "
+        f"recognition (`{settings['task']}`, {found['labelled']} utterances): few, so that the start counts."
     )
 
 
@@ -109,15 +110,14 @@ def _recognition(found: Mapping[str, Any]) -> list[str]:
     rows = found["variants"]
     number = next(iter(rows.values()))["utterances"]
     lines = [
-        "## Recognition with the encoder as it is",
+        "## Recognition after short fine-tuning",
         "",
-        f"CER of {number} test utterances up to {found['longest_test']:g} s; lower is better. Effective rank: of the "
-        "encoder's output for them, mean over seeds.",
+        f"CER of {number} utterances (test and dev; nothing was chosen by them); lower is better.",
         "",
         f"![CER by variant, with intervals and seeds, and its difference from base](images/{RECOGNITION})",
         "",
-        "| variant | | CER | of the seeds | minus base | seeds below base | | effective rank |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | | CER | of the seeds | minus base | seeds below base | |",
+        "|---|---|---|---|---|---|---|",
     ]
     for arm, row in rows.items():
         cells = ["", "", ""]
@@ -126,8 +126,7 @@ def _recognition(found: Mapping[str, Any]) -> list[str]:
             cells = [str(Interval(**row["difference"])), f"{sum(d < 0 for d in below)} of {len(below)}"]
             cells.append(judged(found, arm))
         seeds = ", ".join(f"{score:.1f}" for score in row["seeds"])
-        rank = f"{sum(row['ranks']) / len(row['ranks']):.1f}"
-        cells = [arm, row["title"], str(Interval(**row["score"])), seeds, *cells, rank]
+        cells = [arm, row["title"], str(Interval(**row["score"])), seeds, *cells]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -1,4 +1,4 @@
-"""Results of finished ablations: scores, differences, held-out figures, ranks, compute; the files that hold them."""
+"""Results of finished ablations: scores, differences, held-out figures, compute; the files that hold them."""
 
 from __future__ import annotations
 
@@ -69,15 +69,16 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
     from nemo_slam.training.environment import environment
 
     notes = seconds(plan.steps(), plan.folder)
-    transcripts = {arm: [plan.output("probe", arm, seed, "test.jsonl") for seed in plan.seeds] for arm in plan.arms}
+    transcripts = {
+        arm: [plan.output("finetune", arm, seed, "transcripts.jsonl") for seed in plan.seeds] for arm in plan.arms
+    }
     scores = compare_arms(transcripts, ("cer",), "text", BASE)
-    train = config_of(plan.nemo("probe", plan.arms[0], plan.seeds[0]))["data"]["train_ds"]
+    train = config_of(plan.nemo("finetune", plan.arms[0], plan.seeds[0]))["data"]["train_ds"]
     return {
         "corpus": json.loads((data_root / "corpus.json").read_text())["speakers"],
         "settings": asdict(plan.settings),
         "seeds": plan.seeds,
         "labelled": labelled(train, "text"),
-        "longest_test": plan.study.study.longest_test,
         "base": _base(plan),
         "variants": {arm: _variant(plan, arm, scores[arm]["cer"], notes) for arm in plan.arms},
         "environment": environment(),
@@ -89,7 +90,7 @@ def results(plan: Plan, data_root: Path) -> dict[str, Any]:
 def _variant(plan: Plan, arm: str, score: Mapping[str, Any], notes: Mapping[str, float]) -> dict[str, Any]:
     trained, number = arm != UNTRAINED, len(plan.seeds)
     figures = [held_out(plan.output("pretrain", arm, seed, "metrics.csv")) for seed in plan.seeds if trained]
-    own = {step.name for seed in plan.seeds for step in plan.probing(arm, seed)}
+    own = {step.name for seed in plan.seeds for step in plan.judging(arm, seed)}
     return {
         "title": plan.settings.variants[arm].title if trained else "no pre-training: the encoder as it was drawn",
         **score,
@@ -98,14 +99,10 @@ def _variant(plan: Plan, arm: str, score: Mapping[str, Any], notes: Mapping[str,
             for figure in FIGURES
             if figures and all(figure.title in found for found in figures)
         },
-        "ranks": [
-            json.loads(plan.output("probe", arm, seed, "rank.json").read_text())["effective_rank"]
-            for seed in plan.seeds
-        ],
         "minutes": {
             "pre-training": sum(notes[plan.nemo("pretrain", arm, seed).stem] for seed in plan.seeds if trained)
             / (60 * number),
-            "probe": sum(notes[name] for name in own) / (60 * number),
+            "fine-tuning": sum(notes[name] for name in own) / (60 * number),
         },
     }
 

@@ -1,5 +1,5 @@
 """What `ablations.py` compares: the base run, its variants, the task that judges them. All that its results depend on
-is here; the labelled and test utterances are those of the study's task "few"."""
+is here."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ class Ablations:
 
     Attributes:
         config, steps, keys: of speech_pretrain.py, the same for all variants.
-        probe_config, probe_steps, probe_keys: of speech_finetune.py.
+        task, task_steps, task_keys: of speech_finetune.py: the config, and so on.
+        judged_on: manifests under the corpus's folder. Nothing is chosen, so dev is as good as test.
         seeds: of pre-training, and of the fine-tuning after it.
     """
 
     config: str = "prompts_one_stage"
-    steps: int = 400
-    keys: tuple[str, ...] = (
+    steps: int = 800
+    keys: tuple[str, ...] = ("checkpoint.keep_last=1",)
+    task: str = "asr_ctc"
+    task_steps: int = 200
+    task_keys: tuple[str, ...] = (
         "model=tiny",
-        "data.train_ds.speech.frames_per_step=1000",
-        "data.train_ds.text.tokens_per_step=300",
-        "data.train_ds.pairs.frames_per_step=1000",
+        "model.optim_param_groups.encoder.warmup_steps=50",
+        "model.encoder.conformer.dropout=0.0",
         "checkpoint.keep_last=1",
     )
-    probe_config: str = "asr_ctc"
-    probe_steps: int = 300
-    probe_keys: tuple[str, ...] = ("model=tiny", "checkpoint.keep_last=1", "model.encoder.conformer.dropout=0.0")
+    judged_on: tuple[str, ...] = ("manifests/es_test.json", "manifests/es_dev.json")
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: Mapping[str, Variant] = field(
         default_factory=lambda: {
@@ -84,7 +85,7 @@ class Ablations:
 
     def quick(self) -> Ablations:
         """Two steps a run."""
-        return replace(self, steps=2, probe_steps=2)
+        return replace(self, steps=2, task_steps=2)
 
 
 ABLATIONS = Ablations()
