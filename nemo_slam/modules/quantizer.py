@@ -68,7 +68,8 @@ class GumbelQuantizer(nn.Module):
         Args:
             rows: (M, D) features.
             noise: (M, K) standard Gumbel noise; in validation as well, where it is a function of the example like all
-            else. step: optimizer steps so far; sets the temperature.
+                else.
+            step: optimizer steps so far; sets the temperature.
         """
         logits = self.logits(self.norm(rows))
         logits = logits if logits.dtype == torch.float64 else logits.float()
