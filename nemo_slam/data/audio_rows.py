@@ -83,7 +83,6 @@ class AudioRows:
         self._stream = stream
         self._manifests = Files(manifests)
         self._tars = None if tars is None else Files(tars)
-        self._any_good = False
 
     def load(self, ids: np.ndarray, step: int | None) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
         """Audio of the examples that can be loaded, sorted by length.
@@ -93,9 +92,7 @@ class AudioRows:
             zero-padded; lengths (B,) int64 in samples.
         """
         loaded = [(position, audio) for position, i in enumerate(ids) if (audio := self._load_one(i, step)) is not None]
-        if loaded:
-            self._any_good = True
-        elif len(ids) and not self._any_good:
+        if len(ids) and not loaded:
             self._probe(step)
         loaded.sort(key=lambda item: len(item[1]))
         lengths = torch.tensor([len(audio) for _, audio in loaded], dtype=torch.int64)
@@ -137,14 +134,15 @@ class AudioRows:
         return load_audio(blob, offset=row.offset, duration=row.duration, name=name)
 
     def _probe(self, step: int | None) -> None:
-        """After a batch of nothing but bad rows before any good one: is there a good one at all?"""
+        """After a batch of nothing but bad rows: is there a good one at all? A file system that is gone, at the start or
+        in the middle of a run, must not pass for so many bad rows."""
         rows = len(self._stream.index)
         for example_id in np.unique(np.linspace(0, rows - 1, _PROBED).astype(np.int64)):
             if self._load_one(example_id, step) is not None:
-                self._any_good = True
                 return
         tried = f"all {rows}" if rows <= _PROBED else f"{_PROBED} of {rows}, evenly spread,"
         raise EmptyStreamError(
             f"stream {self._stream.name!r}: every row tried is bad ({tried} rows); the reasons are in "
-            f"{self._stream.bad_rows.where}. Check that the audio lies where the manifest says"
+            f"{self._stream.bad_rows.where}. Check that the audio lies where the manifest says, and that its file system "
+            "is still there; the same command goes on from the last checkpoint"
         )
