@@ -114,6 +114,15 @@ def test_steady_speed(last, expected):
     assert colour(health.steady_speed, run) == expected
 
 
+def test_speed_of_a_run_on_text_alone_is_that_of_its_tokens():
+    """Pre-training logs both; the speech of such a run is 0."""
+    tokens = [100.0] * 8 + [70.0] * 2
+    for others in ({"train_frames_per_second": [0.0] * 10}, {}):
+        verdict = health.steady_speed(run_of(train_tokens_per_second=tokens, **others))
+        assert (verdict.colour, verdict.value) == ("amber", "70% of its median")
+    assert colour(health.steady_speed, run_of(train_frames_per_second=[0.0] * 10)) is None
+
+
 def test_a_run_without_a_figure_gets_no_verdict():
     verdicts = health.judge(run_of()).verdicts
     assert {verdict.colour for verdict in verdicts} == {None}

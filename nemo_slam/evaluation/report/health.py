@@ -172,12 +172,15 @@ def word_errors(run: Run) -> Verdict:
 
 
 def steady_speed(run: Run) -> Verdict:
-    name = "frames_per_second" if "frames_per_second" in run.training else "speech_per_second"
-    series = run.training.get(name)
+    # A run on text alone logs speech too: 0 of it.
+    names = ("frames_per_second", "speech_per_second", "tokens_per_second")
+    found = (run.training.get(name) for name in names)
+    series = next((each for each in found if each is not None and any(each.values)), None)
     if series is None or len(series.values) < 5:
         return _absent("fewer than five logged intervals")
     usual, last = statistics.median(series.values), statistics.median(series.tail(RECENT))
-    return Verdict(GREEN if last >= 0.75 * usual else AMBER, f"{last / usual:.0%} of its median")
+    share = last / usual if usual else 0.0
+    return Verdict(GREEN if share >= 0.75 else AMBER, f"{share:.0%} of its median")
 
 
 CHECKS = (
