@@ -115,6 +115,19 @@ def test_reasons(folder, monkeypatch, tmp_path):
     run = read_run(folder)
     monkeypatch.setitem(run.config["model"]["tokenizer"], "model_path", "gone/tokenizer.model")
     assert "gone/tokenizer.model is not here" in report_examples.read_examples(run).missing["codes"]
+
+    def too_large(run, weights):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:  # a report of a run that goes on and fills the GPU
+        patch.setattr(report_examples, "restore", too_large)
+        assert "the GPU has no room" in report_examples.read_examples(run).missing["codes"]
+    monkeypatch.undo()
+    for _ in ("the .nemo", "a checkpoint"):
+        weights = report_examples.weights_of(run)[0]
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        assert "cannot be read" in report_examples.read_examples(run).missing["codes"]
+        weights.unlink()
     for path in [*folder.glob("*.nemo"), *folder.glob("checkpoints/*")]:
         path.unlink()
     assert "no checkpoint" in report_examples.read_examples(run).missing["spectrogram"]

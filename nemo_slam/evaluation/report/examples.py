@@ -137,10 +137,12 @@ def read_examples(run: Run) -> Examples:
     try:
         model = restore(run, found[0])
         batches = validation_batches(run, model)
-    except (OSError, ValueError) as error:
+        with torch.no_grad():
+            return examples(model, batches, found[1])
+    except torch.OutOfMemoryError:
+        return nothing("the GPU has no room for the model beside what runs on it; CUDA_VISIBLE_DEVICES= takes the CPU")
+    except (OSError, ValueError, RuntimeError) as error:  # the last is torch's, of a damaged file
         return nothing(f"{found[1]} or the validation data cannot be read: {error}")
-    with torch.no_grad():
-        return examples(model, batches, found[1])
 
 
 def validation_batches(run: Run, model: SLAMPretrainingModel) -> list[StepBatch]:
