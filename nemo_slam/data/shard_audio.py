@@ -6,12 +6,14 @@ import io
 import re
 from pathlib import Path
 
+import numpy as np
 import soundfile
 
 from nemo_slam.data.audio import MISSING_TOLERANCE, AudioError
 from nemo_slam.data.manifest import audio_path, parse_row
 
 _SIXTEEN_BITS = ("PCM_S8", "PCM_U8", "PCM_16", "ULAW", "ALAW")
+_MORE_BITS = ("PCM_24", "PCM_32", "ALAC_16", "ALAC_20", "ALAC_24", "ALAC_32")
 
 
 def make_member(manifest: Path, raw: bytes, number: int, codec: str) -> tuple[str, bytes]:
@@ -33,11 +35,29 @@ def make_member(manifest: Path, raw: bytes, number: int, codec: str) -> tuple[st
             suffix = path.suffix.lower()
             if whole and (codec == "keep" or suffix == ".flac"):
                 return name + suffix, path.read_bytes()
-            file.seek(start)
-            exact = file.subtype in _SIXTEEN_BITS
-            samples = file.read(-1 if whole else wanted, dtype="int16" if exact else "int32", always_2d=True)
-            encoded = io.BytesIO()
-            soundfile.write(encoded, samples, file.samplerate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
-    except soundfile.SoundFileError as error:
+            if start > 0:
+                file.seek(start)
+            encoded = _flac(file, file.frames - start if whole else min(wanted, file.frames - start), path)
+    except AudioError:
+        raise
+    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError) as error:
         raise AudioError(f"{path}: not readable as audio ({str(error).rsplit(': ', 1)[-1]})") from None
-    return f"{name}.flac", encoded.getvalue()
+    return f"{name}.flac", encoded
+
+
+def _flac(file: soundfile.SoundFile, frames: int, path: Path) -> bytes:
+    """The next frames as a FLAC file: 16 bits where the source has no more, else 24, beyond full scale clipped."""
+    exact = file.subtype in _SIXTEEN_BITS
+    if exact or file.subtype in _MORE_BITS:
+        samples = file.read(max(frames, 0), dtype="int16" if exact else "int32", always_2d=True)
+    else:
+        # Asked for integers, libsndfile hands over what is stored as floating point unscaled: silence, of -1 to 1.
+        values = file.read(max(frames, 0), dtype="float64", always_2d=True)
+        if not np.isfinite(values).all():
+            raise AudioError(f"{path}: holds samples that are NaN or infinite")
+        samples = np.clip(np.round(values * 2**23), -(2**23), 2**23 - 1).astype(np.int32) << 8
+    if len(samples) == 0:
+        raise AudioError(f"{path}: holds no samples there")
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples, file.samplerate, format="FLAC", subtype="PCM_16" if exact else "PCM_24")
+    return encoded.getvalue()

@@ -242,6 +242,39 @@ def test_flac_for_all_is_the_same_sound(tmp_path):
     assert np.array_equal(audio, noise(1, 0))
 
 
+@pytest.mark.parametrize("suffix, subtype", [("wav", "FLOAT"), ("wav", "DOUBLE"), ("ogg", "OPUS"), ("mp3", None)])
+def test_floating_point_and_compressed_audio_keeps_its_level(tmp_path, suffix, subtype):
+    """Whole and cut out, against what soundfile reads of the source."""
+    sound = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)
+    sound += np.random.default_rng(0).normal(0, 0.05, 48000)
+    soundfile.write(tmp_path / f"a.{suffix}", sound, 48000, subtype=subtype)
+    source, _ = soundfile.read(tmp_path / f"a.{suffix}")
+    rows = [{"audio_filepath": f"a.{suffix}", "duration": len(source) / 48000}]
+    rows.append({"audio_filepath": f"a.{suffix}", "duration": 0.5, "offset": 0.25})
+    manifest = write_manifest(tmp_path / "m.json", rows)
+    made = make_shards([manifest], tmp_path / "out", ShardSettings(1, seed=None, codec="flac"), workers=1)
+    assert made["bad"] == []
+    with tarfile.open(tmp_path / "out/audio_0.tar") as tar:
+        whole, part = (soundfile.read(io.BytesIO(tar.extractfile(member).read()))[0] for member in tar)
+    np.testing.assert_allclose(whole, source, atol=1e-6)
+    # A decoder that starts in the middle lacks what the samples before would have left over.
+    np.testing.assert_allclose(part, source[12000:36000], atol=0.02 if suffix in ("ogg", "mp3") else 1e-6)
+
+
+def test_audio_that_cannot_be_read_by_name_or_by_place_is_one_bad_row(tmp_path):
+    (tmp_path / "headless.raw").write_bytes(bytes(32000))
+    soundfile.write(tmp_path / "speech.wav", np.full(8000, 0.5), 8000, subtype="GSM610")
+    soundfile.write(tmp_path / "good.wav", noise(1, 0), 16000)
+    rows = [
+        {"audio_filepath": "headless.raw", "duration": 1.0},
+        {"audio_filepath": "speech.wav", "duration": 1.0},
+        {"audio_filepath": "good.wav", "duration": 0.02, "offset": 1.01},
+    ]
+    manifest = write_manifest(tmp_path / "m.json", rows)
+    made = make_shards([manifest], tmp_path / "out", ShardSettings(1, codec="flac"), workers=1)
+    assert (made["rows"], sorted(bad["line"] for bad in made["bad"])) == (1, [1, 3])
+
+
 def test_other_settings_in_the_same_folder_are_refused(corpus, shards, tmp_path):
     with pytest.raises(DataError, match="holds shards made otherwise: shards, codec changed"):
         make_shards([corpus / "manifest.json"], shards, ShardSettings(8, codec="flac"), workers=1)
