@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 TEXT_MODELS = "nemo_slam.finetuning."
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".sph"})
 MANIFEST_SUFFIXES = frozenset({".json", ".jsonl"})
-KEPT_KEYS = ("text", "translation", "lang", "corpus")
-_WINDOW = 512  # utterances that are sorted by length together and held in memory
+SHORTEST = SAMPLE_RATE // 50
+"""Samples of two feature frames: NeMo's normalisation is an error on one, where there is a GPU."""
+_OF_AUDIO = frozenset({"audio_filepath", "offset", "duration"})  # of a manifest's row; all other keys are kept
+_WINDOW = 512  # utterances that are sorted by length together
+_WINDOW_SECONDS = 3600.0  # of audio that is held in memory, or a recording if that is longer
 
 
 @dataclass
@@ -80,7 +83,7 @@ def _manifest_items(manifest: Path) -> Iterator[Item]:
         except RowError as error:
             yield Item(where, manifest, problem=f"{where}: {error}")
             continue
-        kept = {"corpus": manifest.stem, **{key: row[key] for key in KEPT_KEYS if key in row}}
+        kept = {"corpus": manifest.stem, **{key: value for key, value in row.items() if key not in _OF_AUDIO}}
         if offset:
             kept["offset"] = offset
         yield Item(where, path, offset, duration, kept)
@@ -96,32 +99,42 @@ def transcribe(
         batch_size: utterances (or chunks of long ones) in a forward pass.
         chunk_seconds: longer audio is cut at quiet places into chunks of at most this, and the texts are joined.
     """
-    window: list[Item] = []
+    window: list[tuple[Item, np.ndarray]] = []
+    samples = 0
     for item in items:
-        window.append(item)
-        if len(window) == _WINDOW:
+        window.append((item, audio := _load(item)))
+        samples += len(audio)
+        if len(window) == _WINDOW or samples >= _WINDOW_SECONDS * SAMPLE_RATE:
             yield from _transcribe_window(model, window, batch_size, chunk_seconds)
-            window = []
+            window, samples = [], 0
     yield from _transcribe_window(model, window, batch_size, chunk_seconds)
 
 
-def _transcribe_window(model: ASRModel, items: list[Item], batch_size: int, chunk_seconds: float) -> list[Item]:
-    chunks: list[tuple[int, np.ndarray]] = []
-    for number, item in enumerate(items):
-        if item.problem is not None:
-            continue
+def _load(item: Item) -> np.ndarray:
+    """The item's audio, (T,), and what its row says of it; none where there is a problem."""
+    audio = np.zeros(0, np.float32)
+    if item.problem is None:
         try:
             audio = load_audio(item.path, offset=item.offset, duration=item.duration)
         except AudioError as error:
             item.problem = str(error)
-            continue
-        item.row = {
-            "audio_filepath": str(item.path),
-            "duration": round(len(audio) / SAMPLE_RATE, 4),
-            **item.row,
-        }
-        chunks += [(number, chunk) for chunk in cut(audio, chunk_seconds)]
-    order = sorted(range(len(chunks)), key=lambda i: len(chunks[i][1]))
+        else:
+            duration = round(len(audio) / SAMPLE_RATE, 4)
+            item.row = {"audio_filepath": str(item.path), "duration": duration, **item.row}
+    return audio
+
+
+def _transcribe_window(
+    model: ASRModel, window: list[tuple[Item, np.ndarray]], batch_size: int, chunk_seconds: float
+) -> list[Item]:
+    items = [item for item, _ in window]
+    chunks: list[tuple[int, np.ndarray]] = []
+    for number, (item, audio) in enumerate(window):
+        if item.problem is None:
+            chunks += [(number, chunk) for chunk in cut(audio, chunk_seconds)]
+    # What is too short for the features holds no word; it may be the rest of a recording that was cut.
+    heard = [i for i, (_, chunk) in enumerate(chunks) if len(chunk) >= SHORTEST]
+    order = sorted(heard, key=lambda i: len(chunks[i][1]))
     texts = [""] * len(chunks)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -197,4 +210,5 @@ def answers(
 
 def write_line(item: Item) -> str:
     """An output line: the item's row as JSON."""
-    return json.dumps(item.row, ensure_ascii=False)
+    # JSON may hold half a surrogate pair, as \udce9, and UTF-8 may not: it is written as JSON has it.
+    return json.dumps(item.row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()

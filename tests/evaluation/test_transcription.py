@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from nemo_slam.evaluation.transcription import cut, find_items, transcribe
+from nemo_slam.evaluation import transcription
+from nemo_slam.evaluation.transcription import cut, find_items, transcribe, write_line
 
 
 class Recorder:
@@ -49,6 +50,7 @@ def test_files_folders_and_manifests_in_order_with_errors_beside(tmp_path):
         "duration": 0.25,
         "text": "hola",
         "lang": "es",
+        "other": 1,
         "corpus": "m",
         "offset": 0.25,
         "pred_text": "0.25",
@@ -89,3 +91,39 @@ def test_texts_of_chunks_are_joined(tmp_path):
     (item,) = transcribe(Recorder(), find_items([wav(tmp_path / "x.wav", 5.0)]), chunk_seconds=2.0)
     assert sum(map(float, item.row["pred_text"].split())) == pytest.approx(5.0)
     assert item.row["duration"] == 5.0
+
+
+@pytest.mark.parametrize("samples", [1, 165, 319])
+def test_what_is_too_short_for_the_features_is_not_heard(tmp_path, samples):
+    """NeMo's normalisation of one frame is an error where there is a GPU: of a file, and of the rest of a long one."""
+    long, short = tmp_path / "long.wav", tmp_path / "short.wav"
+    audio = np.full(2 * 16000 + samples, 0.1, np.float32)
+    audio[2 * 16000 - 320 :] = 0.0  # the quietest place, where a chunk of 2 s ends
+    soundfile.write(long, audio, 16000)
+    soundfile.write(short, audio[:samples], 16000)
+    model = Recorder()
+    items = list(transcribe(model, find_items([short, long]), chunk_seconds=2.0))
+    assert [item.problem for item in items] == [None, None]
+    assert items[0].row["pred_text"] == ""
+    assert all(seconds >= 0.02 for batch in model.batches for seconds in batch)
+    assert 1.9 < float(items[1].row["pred_text"].split()[0]) < 2.0
+
+
+def test_long_recordings_are_not_held_together(tmp_path, monkeypatch):
+    """At most so many seconds of audio are in memory, and transcripts come as soon as theirs is done."""
+    monkeypatch.setattr(transcription, "_WINDOW_SECONDS", 3.0)
+    loaded = []
+    load = transcription.load_audio
+    monkeypatch.setattr(transcription, "load_audio", lambda path, **where: loaded.append(path) or load(path, **where))
+    items = transcribe(Recorder(), find_items(wav(tmp_path / f"{number}.wav", 2.0) for number in range(5)))
+    assert next(items).row["pred_text"] == "2"
+    assert len(loaded) == 2
+    assert [item.row["pred_text"] for item in items] == ["2"] * 4
+
+
+def test_half_a_surrogate_pair_in_a_row_is_written_as_it_was(tmp_path):
+    """JSON may hold one, UTF-8 may not."""
+    row = {"audio_filepath": str(wav(tmp_path / "x.wav", 0.5)), "text": "caf\udce9"}
+    (tmp_path / "m.json").write_text(json.dumps(row) + "\n")
+    (item,) = transcribe(Recorder(), find_items([tmp_path / "m.json"]))
+    assert json.loads(write_line(item).encode("utf-8"))["text"] == row["text"]
