@@ -37,6 +37,7 @@ from nemo_slam.objectives.base import Metric, ObjectiveOutput, count
 from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.translation_lm import TranslationLM
 from nemo_slam.packing import PackedSequences, Segments, SequenceLayout, gather_rows, pack, ranges, row_multiple
+from nemo_slam.training.parallel import of_every_rank
 from slam_kernels import sample_spans
 
 if TYPE_CHECKING:
@@ -187,7 +188,10 @@ def length_choice(audio: np.ndarray, own: np.ndarray, other: np.ndarray) -> floa
 
 
 def retrieval(pairs: EncodedPairs, batch: PairBatch) -> list[Metric]:
-    """For each utterance all texts by matching score; a text equal to the true one is no rival, a tie is a miss."""
+    """For each utterance all texts by matching score; a text equal to the true one is no rival, a tie is a miss.
+
+    Every rank must call it.
+    """
     chosen = (
         np.unique(np.linspace(0, len(batch) - 1, MAX_CANDIDATES).round().astype(int)) if len(batch) else np.arange(0)
     )
@@ -195,7 +199,10 @@ def retrieval(pairs: EncodedPairs, batch: PairBatch) -> list[Metric]:
     lengths = batch.lengths.numpy()[chosen]
     candidates = len(chosen)
     ranks = []
-    for i in range(candidates):
+    for i in range(max(of_every_rank(candidates))):
+        if i >= candidates:  # where weights are in shards, ranks meet in every layer, and so run it equally often
+            pairs.scores([], batch.tokens[:0], lengths[:0])
+            continue
         scores = pairs.scores([int(chosen[i])] * candidates, torch.cat(texts), lengths)
         rivals = [not torch.equal(text, texts[i]) for text in texts]
         better = (scores >= scores[i]) & torch.tensor(rivals, device=scores.device)

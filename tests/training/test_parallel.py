@@ -37,6 +37,13 @@ def losses(tmp_path, name):
     return [{k: float(v) for k, v in row.items() if k == "loss" or "/" in k} for row in rows]
 
 
+def validated(tmp_path, name):
+    """The figures of the one validation."""
+    with (tmp_path / name / "metrics.csv").open(newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if not row["loss"]]
+    return {k: float(v) for k, v in row.items() if k.startswith("val_")}
+
+
 def assert_alike(results, reference, tolerance):
     for result in results:
         assert result["error"] == ""
@@ -62,6 +69,22 @@ def test_two_processes_train_as_one(launch, tmp_path, strategy):
     assert len(reference) == STEPS
     for row, expected in zip(losses(tmp_path, "together"), reference, strict=True):
         assert row == pytest.approx(expected, rel=tolerance, abs=tolerance, nan_ok=True)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_with_unequal_shares_validate_as_one(launch, tmp_path, strategy):
+    """With the probes, which ask more of the rank that has more pairs: in shards it would wait for the others."""
+    options = [*EXACT, "trainer.max_steps=1", "trainer.val_check_interval=1", "probes=true"]
+    options += ["model.validation_ds=${data.validation_ds}", "parallel.timeout_seconds=60"]
+    (alone,) = launch("alone", *options, ranks=((),))
+    together = launch("together", f"parallel.strategy={strategy}", *options)
+    assert [result["error"] for result in (alone, *together)] == ["", "", ""]
+    reference, found = (validated(tmp_path, name) for name in ("alone", "together"))
+    assert found.keys() == reference.keys()
+    of_objectives = {name for name in reference if not name.startswith("val_probe/")}
+    assert {"val_masked_speech/codes", "val_masked_text/tokens", "val_matching", "val_loss"} < of_objectives
+    for name in of_objectives:
+        assert found[name] == pytest.approx(reference[name], rel=1e-5, abs=1e-5, nan_ok=True), name
 
 
 def test_ddps_options_change_nothing(launch):
