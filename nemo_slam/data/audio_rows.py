@@ -134,8 +134,10 @@ class AudioRows:
         return load_audio(blob, offset=row.offset, duration=row.duration, name=name)
 
     def _probe(self, step: int | None) -> None:
-        """After a batch of nothing but bad rows: is there a good one at all? A file system that is gone, at the start or
-        in the middle of a run, must not pass for so many bad rows."""
+        """After a batch of nothing but bad rows: is there a good one at all?
+
+        A file system that is gone, at the start or in the middle of a run, must not pass for so many bad rows.
+        """
         rows = len(self._stream.index)
         for example_id in np.unique(np.linspace(0, rows - 1, _PROBED).astype(np.int64)):
             if self._load_one(example_id, step) is not None:
@@ -143,6 +145,6 @@ class AudioRows:
         tried = f"all {rows}" if rows <= _PROBED else f"{_PROBED} of {rows}, evenly spread,"
         raise EmptyStreamError(
             f"stream {self._stream.name!r}: every row tried is bad ({tried} rows); the reasons are in "
-            f"{self._stream.bad_rows.where}. Check that the audio lies where the manifest says, and that its file system "
-            "is still there; the same command goes on from the last checkpoint"
+            f"{self._stream.bad_rows.where}. Check that the audio lies where the manifest says, and that its file "
+            "system is still there; the same command goes on from the last checkpoint"
         )

@@ -172,3 +172,24 @@ def test_mini_librispeech_offline_names_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr("lhotse.recipes.download_librispeech", offline)
     with pytest.raises(CorpusError, match=r"(?s)name resolution failed.*synthetic.*manifests"):
         prepare("mini_librispeech", tmp_path / "m")
+
+
+def test_mini_librispeech_deletes_the_archives_that_it_downloaded_and_no_other(tmp_path, librispeech, monkeypatch):
+    root = librispeech.parent
+    (root / "mine.tar.gz").write_bytes(b"mine")
+    (root / "train-clean-5.tar.gz").write_bytes(b"mine too")
+    prepare("mini_librispeech", root, source=librispeech)
+    assert {path.name for path in root.glob("*.tar.gz")} == {"mine.tar.gz", "train-clean-5.tar.gz"}
+    (root / "corpus.json").unlink()
+    monkeypatch.setattr("lhotse.recipes.download_librispeech", lambda *_, **__: librispeech)
+    prepare("mini_librispeech", root)
+    assert {path.name for path in root.glob("*.tar.gz")} == {"mine.tar.gz"}
+
+
+def test_mini_librispeech_cut_off_on_the_way_is_said(tmp_path, monkeypatch):
+    def cut(*_, **__):
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    monkeypatch.setattr("lhotse.recipes.download_librispeech", cut)
+    with pytest.raises(CorpusError, match=r"cut off or is damaged .*The same command goes on"):
+        prepare("mini_librispeech", tmp_path / "m")

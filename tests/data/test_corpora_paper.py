@@ -70,6 +70,18 @@ def test_librispeech_of_the_wrong_folder(tmp_path, librispeech):
         prepare("librispeech", tmp_path / "out", source=tmp_path / "none")
 
 
+def test_librispeech_says_what_is_not_unpacked_completely(tmp_path, librispeech, caplog):
+    prepare("librispeech", tmp_path / "out", source=librispeech)
+    assert "train-clean-100 holds 2 of 28539 utterances" in caplog.text
+    (librispeech / "train-clean-360").mkdir()
+    with pytest.raises(CorpusError, match=r"train-clean-360 cannot be read .*unpacked completely"):
+        prepare("librispeech", tmp_path / "empty", source=librispeech)
+    (librispeech / "train-clean-360").rmdir()
+    (librispeech / "test-clean/61/1240/61-1240-0001.flac").write_bytes(b"")
+    with pytest.raises(CorpusError, match=r"(?s)test-clean cannot be read .*61-1240-0001.flac.*unpacked completely"):
+        prepare("librispeech", tmp_path / "empty", source=librispeech)
+
+
 def test_libri_light(tmp_path):
     """PART/READER/BOOK/NAME.flac beside NAME.json with its voice activity."""
     source = tmp_path / "librilight"

@@ -242,7 +242,7 @@ def test_flac_for_all_is_the_same_sound(tmp_path):
     assert np.array_equal(audio, noise(1, 0))
 
 
-@pytest.mark.parametrize("suffix, subtype", [("wav", "FLOAT"), ("wav", "DOUBLE"), ("ogg", "OPUS"), ("mp3", None)])
+@pytest.mark.parametrize(("suffix", "subtype"), [("wav", "FLOAT"), ("wav", "DOUBLE"), ("ogg", "OPUS"), ("mp3", None)])
 def test_floating_point_and_compressed_audio_keeps_its_level(tmp_path, suffix, subtype):
     """Whole and cut out, against what soundfile reads of the source."""
     sound = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)

@@ -13,8 +13,17 @@ from nemo_slam.data.corpora.normalise import normalise
 from nemo_slam.data.corpora.parts import need_folder, write_parts
 
 VERSION = 1
+UTTERANCES = {
+    "train-clean-100": 28_539,
+    "train-clean-360": 104_014,
+    "train-other-500": 148_688,
+    "dev-clean": 2_703,
+    "dev-other": 2_864,
+    "test-clean": 2_620,
+    "test-other": 2_939,
+}
 TRAIN = ("train-clean-100", "train-clean-360", "train-other-500")
-PARTS = (*TRAIN, "dev-clean", "dev-other", "test-clean", "test-other")
+PARTS = tuple(UTTERANCES)
 LICENCE = "CC-BY-4.0, Vassil Panayotov, Guoguo Chen, Daniel Povey, Sanjeev Khudanpur; OpenSLR 12"
 
 
@@ -44,11 +53,33 @@ def _build(root: Path, source: Path, present: list[str], request: dict) -> None:
     write_parts(root, about, _rows(source, present, left_out), left_out=left_out)
 
 
-def _rows(source: Path, present: list[str], left_out: Counter[str]) -> Iterator[tuple[tuple[str, ...], Row]]:
+def read_part(source: Path, part: str) -> dict:
+    """What lhotse finds in a part's folder: ``recordings`` and ``supervisions``.
+
+    Raises:
+        CorpusError: nothing is there, or a file cannot be read, as where unpacking was cut off.
+    """
+    from lhotse.audio.utils import AudioLoadingError
     from lhotse.recipes import prepare_librispeech
 
-    for part in present:
+    try:
         found = prepare_librispeech(source, dataset_parts=[part], num_jobs=os.cpu_count() or 1)[part]
+    except (AssertionError, AudioLoadingError, OSError, RuntimeError, ValueError) as error:
+        raise CorpusError(f"{source / part} cannot be read ({error}). Is it unpacked completely?") from error
+    if (count := len(found["supervisions"])) < UTTERANCES.get(part, 0):
+        logger.warning(
+            "%s holds %d of %d utterances. If unpacking it was cut off, do it again, then delete corpus.json and "
+            "prepare the corpus again",
+            source / part,
+            count,
+            UTTERANCES[part],
+        )
+    return found
+
+
+def _rows(source: Path, present: list[str], left_out: Counter[str]) -> Iterator[tuple[tuple[str, ...], Row]]:
+    for part in present:
+        found = read_part(source, part)
         names = (part.replace("-", "_"), *(group for group in ("train", "dev") if part.startswith(group)))
         for segment in sorted(found["supervisions"], key=lambda segment: segment.id):
             text = normalise(segment.text, "en")

@@ -6,13 +6,17 @@ Its `dev-clean-2` becomes dev and test, divided by speaker; the text stream is t
 from __future__ import annotations
 
 import os
+import tarfile
+import zlib
 from collections import Counter
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 from nemo_slam.data.corpora.apt import WAYS_OUT
 from nemo_slam.data.corpora.files import CorpusError
 from nemo_slam.data.corpora.layout import SPLITS, Row, finish, prepare_once
+from nemo_slam.data.corpora.librispeech import read_part
 from nemo_slam.data.corpora.normalise import normalise
 from nemo_slam.data.corpora.splits import pick
 
@@ -36,17 +40,23 @@ def prepare(root: Path, source: Path | None = None) -> Path:
 
 
 def _build(root: Path, source: Path | None, request: dict[str, Any]) -> None:
-    from lhotse.recipes import download_librispeech, prepare_librispeech
+    from lhotse.recipes import download_librispeech
 
+    downloaded = source is None
     if source is None:
         try:
             source = download_librispeech(root, dataset_parts="mini_librispeech")
-        except OSError as error:
+        except (OSError, HTTPException) as error:
             raise CorpusError(f"mini LibriSpeech cannot be downloaded: {error}\n{WAYS_OUT}") from error
+        except (EOFError, tarfile.TarError, zlib.error) as error:
+            raise CorpusError(
+                f"mini LibriSpeech: a download was cut off or is damaged ({error}). The same command goes on with it; "
+                f"if that fails too, delete {root}/*.tar.gz first"
+            ) from error
     absent = [part for part in _PARTS if not (source / part).is_dir()]
     if absent:
         raise CorpusError(f"{source}: no folder {' and no folder '.join(absent)}; expected both parts of OpenSLR 31")
-    parts = prepare_librispeech(source, dataset_parts=list(_PARTS), num_jobs=os.cpu_count() or 1)
+    parts = {part: read_part(source, part) for part in _PARTS}
     rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
     left_out: Counter[str] = Counter()
     for part, shares in _PARTS.items():
@@ -68,8 +78,9 @@ def _build(root: Path, source: Path | None, request: dict[str, Any]) -> None:
         "left_out": {"en": dict(left_out)},
     }
     finish(root, {"en": rows}, [row["text"] for row in rows["train"]], about, Counter())
-    for archive in root.glob("*.tar.gz"):
-        archive.unlink()
+    if downloaded:
+        for part in _PARTS:
+            (root / f"{part}.tar.gz").unlink(missing_ok=True)
 
 
 def _row(root: Path, recording, segment, text: str) -> Row:
