@@ -6,6 +6,8 @@ python scripts/evaluate.py runs/asr_ctc/asr_ctc.nemo data/prompts/manifests/es_t
 python scripts/evaluate.py st.jsonl --reference translation --metrics bleu chrf
 python scripts/evaluate.py scratch.jsonl --against pretrained.jsonl         # paired difference
 python scripts/evaluate.py runs/slam_stage2/slam_stage2.nemo data/prompts/manifests/es_test.json --probes
+
+With a model, what cannot be read is named on standard error and not scored; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -47,21 +49,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def transcripts(inputs: list[Path], batch_size: int) -> list[dict[str, Any]]:
-    """The rows to score. Audio that cannot be read is named; it has no transcript, so it is not scored."""
+def transcripts(inputs: list[Path], batch_size: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows to score, and how many have no transcript: audio that cannot be read is named, and not scored."""
     from nemo_slam.evaluation.scoring import read_transcripts
 
     if inputs[0].suffix != ".nemo":
-        return read_transcripts(inputs[0])
+        return read_transcripts(inputs[0]), 0
     from nemo_slam.evaluation.transcription import answers, restore
 
-    model, rows = restore(inputs[0]), []
+    model, rows, failed = restore(inputs[0]), [], 0
     for item in answers(model, inputs[1:], batch_size):
         if item.problem is not None:
+            failed += 1
             print(f"not scored: {item.problem}", file=sys.stderr)
         else:
             rows.append(item.row)
-    return rows
+    return rows, failed
 
 
 def probes(arguments: argparse.Namespace) -> int:
@@ -100,7 +103,9 @@ def main() -> int:
         arguments.seed,
     )
     try:
-        rows = transcripts(arguments.inputs, arguments.batch_size)
+        rows, failed = transcripts(arguments.inputs, arguments.batch_size)
+        if not rows:
+            raise ValueError(f"nothing to score in {', '.join(map(str, arguments.inputs))}")
         check_references(rows, options, str(arguments.inputs[-1]))
         result = score(rows, options)
         if arguments.against is not None:
@@ -116,7 +121,9 @@ def main() -> int:
         interval = f"{d['value']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
         print(f"{metric.upper()} of {arguments.against} minus this: {interval}, {clear} ({d['utterances']} utterances)")
     write(arguments.out, result)
-    return 0
+    if failed:
+        print(f"{failed} of {failed + len(rows)} have no transcript and are in no score", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batch_size < 1 or options.chunk_seconds < 1:
         parser.error("--batch-size and --chunk-seconds must be at least 1")
+    if options.out is not None and options.out.exists():
+        for path in (options.model, *options.inputs):
+            if path.exists() and path.samefile(options.out):
+                parser.error(f"--out {options.out} is an input too, and would be emptied before it is read")
     return options
 
 

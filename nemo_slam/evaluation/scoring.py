@@ -63,13 +63,16 @@ def read_transcripts(path: str | Path) -> list[dict[str, Any]]:
 
 
 def check_references(rows: Sequence[dict[str, Any]], options: Options, where: str) -> None:
-    """Every row must have a reference, which may be empty.
+    """Every row must have a reference, which may be empty; a whole number, as labels may be, becomes its text.
 
     Raises:
         ValueError: one that has not, by its audio file, with the keys that it has.
     """
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(options.reference), str):
+        value = row.get(options.reference)
+        if isinstance(value, int) and not isinstance(value, bool):
+            row[options.reference] = str(value)
+        elif not isinstance(value, str):
             raise ValueError(
                 f"{where}, line {number} ({row.get('audio_filepath', 'no audio_filepath')}): no string "
                 f"{options.reference!r} to score against; it has {', '.join(sorted(row))} (choose with --reference)"

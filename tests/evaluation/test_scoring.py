@@ -83,6 +83,8 @@ def test_table_and_json_from_the_command_line(evaluate, monkeypatch, tmp_path, c
     [
         ([{"pred_text": "x", "audio_filepath": "a.wav"}], r"line 1 \(a.wav\): no string 'text'.*--reference"),
         ([{"text": "x"}], r"t.jsonl:1: no string 'pred_text'"),
+        ([{"pred_text": "x", "text": None}], r"line 1 .*no string 'text'"),
+        ([], r"nothing to score in .*t.jsonl"),
     ],
 )
 def test_rows_that_cannot_be_scored_are_named(evaluate, monkeypatch, tmp_path, capsys, rows, message):
@@ -90,6 +92,29 @@ def test_rows_that_cannot_be_scored_are_named(evaluate, monkeypatch, tmp_path, c
     import re
 
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_labels_may_be_whole_numbers_as_in_training(evaluate, monkeypatch, tmp_path, capsys):
+    rows = [{"text": "good film", "label": 1, "pred_text": "1"}, {"text": "bad film", "label": 0, "pred_text": "1"}]
+    out = tmp_path / "s.json"
+    options = ("--reference", "label", "--metrics", "accuracy", "--resamples", 20, "--out", out)
+    assert run(evaluate, monkeypatch, write(tmp_path / "t.jsonl", rows), *options) == 0
+    assert json.loads(out.read_text())["groups"]["all"]["accuracy"]["value"] == 50.0
+
+
+def test_what_has_no_transcript_is_counted_and_the_status_says_so(evaluate, monkeypatch, tmp_path, capsys):
+    from nemo_slam.evaluation import transcription
+    from nemo_slam.evaluation.transcription import Item
+
+    items = [Item("a", Path("a.wav"), row=ROWS[0]), Item("b", Path("b.wav"), problem="b.wav: cannot be opened")]
+    monkeypatch.setattr(transcription, "restore", lambda path: None)
+    monkeypatch.setattr(transcription, "answers", lambda model, inputs, batch_size: items)
+    assert run(evaluate, monkeypatch, "m.nemo", "m.json", "--resamples", 20) == 1
+    captured = capsys.readouterr()
+    assert "1 of 2 have no transcript" in captured.err
+    assert "all  1" in captured.out
+    monkeypatch.setattr(transcription, "answers", lambda model, inputs, batch_size: items[1:])
+    assert run(evaluate, monkeypatch, "m.nemo", "m.json") == 2
 
 
 def test_a_broken_line_is_named(tmp_path):

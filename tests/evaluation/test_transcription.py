@@ -1,6 +1,8 @@
 """Finding and cutting audio; the model's side is tested with a real one in tests/finetuning/test_finetune.py."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,3 +129,17 @@ def test_half_a_surrogate_pair_in_a_row_is_written_as_it_was(tmp_path):
     (tmp_path / "m.json").write_text(json.dumps(row) + "\n")
     (item,) = transcribe(Recorder(), find_items([tmp_path / "m.json"]))
     assert json.loads(write_line(item).encode("utf-8"))["text"] == row["text"]
+
+
+def test_the_output_may_not_be_an_input(tmp_path, monkeypatch, capsys):
+    """It would be emptied before it is read."""
+    script = Path(__file__).parents[2] / "scripts" / "transcribe.py"
+    parse = runpy.run_path(str(script))["parse_arguments"]
+    manifest = tmp_path / "m.json"
+    manifest.write_text("{}\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse(["m.nemo", str(manifest), "--out", "other.json"]).out == Path("other.json")
+    with pytest.raises(SystemExit):
+        parse(["m.nemo", str(manifest), "--out", "m.json"])
+    assert "is an input too" in capsys.readouterr().err
+    assert manifest.read_text() == "{}\n"
