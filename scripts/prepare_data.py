@@ -70,7 +70,7 @@ def main() -> int:
     started = time.monotonic()
     try:
         root = prepare(options.pop("corpus"), options.pop("root"), **options)
-    except (CorpusError, ValueError) as error:
+    except (CorpusError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"ready: {root} ({time.monotonic() - started:.1f} s)")

@@ -2,14 +2,16 @@
 
 import gzip
 import json
+from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 
 import lhotse
 import numpy as np
 import pytest
 import soundfile
 
-from nemo_slam.data.corpora import prepare
+from nemo_slam.data.corpora import parts, prepare
 from nemo_slam.data.corpora.files import CorpusError
 from nemo_slam.data.corpora.libri_light import windows
 
@@ -84,20 +86,29 @@ def test_librispeech_says_what_is_not_unpacked_completely(tmp_path, librispeech,
 
 def test_libri_light(tmp_path):
     """PART/READER/BOOK/NAME.flac beside NAME.json with its voice activity."""
-    source = tmp_path / "librilight"
+    source = tmp_path / "flac" / "librilight"
     speech = {"small": [[0.2, 1.0], [1.1, 2.4], [3.6, 4.4]], "medium": [[0.0, 9.0]]}
     for (part, stretches), reader in zip(speech.items(), ("100", "207"), strict=True):
         path = noise(source / part / reader / "sea_fairies_64kb" / "01_baum.flac", 9.0)
         path.with_suffix(".json").write_text(json.dumps({"speaker": reader, "voice_activity": stretches, "snr": 9.1}))
     broken = noise(source / "small" / "100" / "sea_fairies_64kb" / "02_baum.flac", 1.0)
     broken.with_suffix(".json").write_text("{")
+    empty = source / "small" / "100" / "sea_fairies_64kb" / "03_baum.flac"  # as where unpacking was cut off
+    empty.touch()
+    empty.with_suffix(".json").write_text(json.dumps({"speaker": "100", "voice_activity": [[0.0, 1.0]]}))
+    kept = tmp_path / "storage" / "01_baum.flac"  # a link to elsewhere, the JSON beside the link
+    kept.parent.mkdir()
+    moved = source / "medium" / "207" / "sea_fairies_64kb" / "01_baum.flac"
+    moved.rename(kept)
+    moved.symlink_to(kept)
 
     root = prepare("libri_light", tmp_path / "out", source=source, max_seconds=4)
     found = [(row["speaker"], row["offset"], round(row["offset"] + row["duration"], 3)) for row in rows(root, "train")]
     assert found == [("100", 0.2, 2.4), ("100", 3.6, 4.4), ("207", 0.0, 3.0), ("207", 3.0, 6.0), ("207", 6.0, 9.0)]
     assert [len(rows(root, part)) for part in ("small", "medium")] == [2, 3]
     assert "text" not in rows(root, "train")[0]
-    assert sum(marker(root)["left_out"].values()) == 1
+    assert rows(root, "small")[0]["id"] == "small/100/sea_fairies_64kb/01_baum"
+    assert sum(marker(root)["left_out"].values()) == 2
     # and what the speech stream makes of it
     from nemo_slam.data.config import SpeechConfig
     from nemo_slam.data.speech import SpeechStream
@@ -157,6 +168,18 @@ def test_mc4(tmp_path):
     (source / "x.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(CorpusError, match=r"x\.jsonl:1: not a JSON object with the key 'text'"):
         prepare("mc4", tmp_path / "out", source=source)
+    (source / "x.jsonl").unlink()
+    path = source / "c4-train.00000-of-00002.json.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CorpusError, match=r"00000-of-00002\.json\.gz: cannot be read .*unfinished"):
+        prepare("mc4", tmp_path / "out", source=source)
+
+
+def test_a_full_disk_is_no_unfinished_download(tmp_path, monkeypatch):
+    (tmp_path / "librispeech-lm-norm.txt").write_text("LINE\n" * 100_000)
+    monkeypatch.setattr(parts, "whole_file", lambda path: nullcontext(Path("/dev/full")))
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare("librispeech_lm", tmp_path / "out", source=tmp_path)
 
 
 @pytest.fixture
@@ -186,6 +209,15 @@ def test_covost2(tmp_path, covost):
     assert [rows(root, f"en_de_{split}")[0]["text"] for split in ("dev", "test")] == ["Three", "Four"]
     assert [round(row["duration"]) for row in train] == [1, 2]
     assert marker(root)["left_out"] == {"en_de: translated, but not in validated.tsv": 1, "en_de: no readable audio": 1}
+
+
+def test_covost2_with_a_table_that_is_cut_off(tmp_path, covost):
+    source, translations = covost
+    table = source / "en" / "validated.tsv"
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text[: text.index("common_voice_en_3.mp3") + len("common_voice_en_3.mp3")], encoding="utf-8")
+    root = prepare("covost2", tmp_path / "out", source=source, translations=translations, pairs=["en_de"])
+    assert marker(root)["left_out"] == {"en_de: translated, but not in validated.tsv": 2, "en_de: no text": 1}
 
 
 def test_covost2_names_what_is_missing(tmp_path, covost):

@@ -57,7 +57,7 @@ def _table(path: Path, columns: Sequence[str], what: str) -> Iterator[dict[str, 
     if not path.is_file():
         raise CorpusError(f"{path} does not exist: it is {what}")
     with path.open(encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE, restval="")  # a last line that is cut off
         if missing := [column for column in columns if column not in (rows.fieldnames or [])]:
             raise CorpusError(f"{path}: no column {', '.join(missing)}; it has {', '.join(rows.fieldnames or [])}")
         yield from rows

@@ -9,7 +9,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from nemo_slam.data.corpora.files import CorpusError
 from nemo_slam.data.corpora.layout import prepare_once
@@ -27,8 +26,13 @@ LICENCES = {
 }
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, or of one that gzip packed. What goes wrong where they are written is no error here."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            yield from file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise CorpusError(f"{path}: cannot be read ({error}); is a download unfinished?") from error
 
 
 def prepare_librispeech_lm(root: Path, source: Path) -> Path:
@@ -49,15 +53,14 @@ def prepare_librispeech_lm(root: Path, source: Path) -> Path:
     left_out: Counter[str] = Counter()
 
     def lines() -> Iterator[tuple[str, str]]:
-        with _open(path) as file:
-            for raw in file:
-                line = " ".join(raw.lower().split())
-                if not line:
-                    left_out["empty line"] += 1
-                    continue
-                yield "dev" if held_out(line, LM_DEV) else "train", line
+        for raw in _lines(path):
+            line = " ".join(raw.lower().split())
+            if not line:
+                left_out["empty line"] += 1
+                continue
+            yield "dev" if held_out(line, LM_DEV) else "train", line
 
-    return _prepare(root, "librispeech_lm", request, lines(), left_out, path)
+    return _prepare(root, "librispeech_lm", request, lines(), left_out)
 
 
 def prepare_mc4(root: Path, source: Path) -> Path:
@@ -86,18 +89,17 @@ def prepare_mc4(root: Path, source: Path) -> Path:
     def lines() -> Iterator[tuple[str, str]]:
         groups = min(len(files), MOST_FILES)
         for number, path in enumerate(files):
-            with _open(path) as file:
-                for place, raw in enumerate(file, 1):
-                    text = _document(raw, path, place)
-                    name = "dev" if held_out(text, MC4_DEV) else f"train_{number * groups // len(files):03d}"
-                    for paragraph in text.splitlines():
-                        line = " ".join(paragraph.split())
-                        if line:
-                            yield name, line
-                        else:
-                            left_out["empty paragraph"] += 1
+            for place, raw in enumerate(_lines(path), 1):
+                text = _document(raw, path, place)
+                name = "dev" if held_out(text, MC4_DEV) else f"train_{number * groups // len(files):03d}"
+                for paragraph in text.splitlines():
+                    line = " ".join(paragraph.split())
+                    if line:
+                        yield name, line
+                    else:
+                        left_out["empty paragraph"] += 1
 
-    return _prepare(root, "mc4", request, lines(), left_out, source)
+    return _prepare(root, "mc4", request, lines(), left_out)
 
 
 def _document(raw: str, path: Path, place: int) -> str:
@@ -110,15 +112,6 @@ def _document(raw: str, path: Path, place: int) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _prepare(
-    root: Path, name: str, request: dict, lines: Iterator[tuple[str, str]], left_out: Counter[str], source: Path
-) -> Path:
+def _prepare(root: Path, name: str, request: dict, lines: Iterator[tuple[str, str]], left_out: Counter[str]) -> Path:
     about = {"name": name, "request": request, "licences": {"text": LICENCES[name]}}
-
-    def build() -> None:
-        try:
-            write_parts(root, about, lines=lines, left_out=left_out)
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise CorpusError(f"{source}: cannot be read ({error}); is a download unfinished?") from error
-
-    return prepare_once(root, name, request, build)
+    return prepare_once(root, name, request, lambda: write_parts(root, about, lines=lines, left_out=left_out))
