@@ -25,8 +25,9 @@ Collate = Callable[[Any], Batch]
 class TrainingDataset(Dataset):
     """`dataset[m]` is micro-batch m of this rank, never empty: stock models cannot run on no utterance.
 
-    A share without an example (more ranks than examples, one example longer than the budget, bad rows only) becomes the
-    step's whole batch, or the next step's that has one: still a function of the number alone.
+    A share without an example (more shares than examples, one example longer than a share or than the budget, bad rows
+    only) becomes the next share of the step that has one, or of the next step: still a function of the number alone,
+    and never larger than what some rank holds anyway.
 
     Args:
         stream: of examples.
@@ -41,11 +42,11 @@ class TrainingDataset(Dataset):
     def __getitem__(self, number: int) -> Batch:
         step, micro = divmod(number, self.accumulate)
         part, parts = self.rank * self.accumulate + micro, self.world * self.accumulate
-        examples = self.stream.batch(step, part, parts)
         for later in count():
-            if len(examples):
-                return self.collate(examples)
-            examples = self.stream.batch(step + later)
+            for other in range(parts):
+                examples = self.stream.batch(step + later, (part + other) % parts, parts)
+                if len(examples):
+                    return self.collate(examples)
         raise AssertionError("a stream that has a row has a batch")
 
 

@@ -104,11 +104,22 @@ class FakeStream:
 
 
 @pytest.mark.parametrize(
-    ("number", "rank", "expected"), [(2, 0, [0]), (2, 1, [1]), (3, 0, [2]), (3, 1, [2]), (0, 0, [0, 1]), (1, 1, [0, 1])]
+    ("number", "rank", "expected"), [(2, 0, [0]), (2, 1, [1]), (3, 0, [2]), (3, 1, [2]), (0, 0, [0]), (1, 1, [1])]
 )
 def test_no_rank_ever_gets_an_empty_batch(number, rank, expected):
     dataset = TrainingDataset(FakeStream(), collate, rank=rank, world=2)
     assert dataset[number][2].flatten().tolist() == expected
+
+
+def test_what_stands_in_for_an_empty_share_is_no_larger_than_a_share(corpus, tones_tokenizer, tmp_path):
+    """Few utterances for 40 ranks: the step's whole batch would be several times what a rank has room for."""
+    stream = open_stream(corpus, tones_tokenizer, tmp_path, frames_per_step=300)
+    shares = [len(stream.batch(0, part, 40)) for part in range(40)]
+    assert min(shares) == 0
+    found = [len(TrainingDataset(stream, collate, rank, world=40)[0][1]) for rank in range(40)]
+    assert max(found) == max(shares)
+    assert min(found) > 0
+    assert max(found) < len(stream.batch(0))
 
 
 def test_micro_batches_of_all_ranks_make_up_the_step(corpus, tones_tokenizer, tmp_path):
