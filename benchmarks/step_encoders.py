@@ -37,7 +37,9 @@ class Encoders:
             try:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                     out, _ = module(audio_signal=features, length=lengths)
-                out.float().square().mean().backward()
+                # Both end in a LayerNorm, to whose input a sum of squares has no gradient: products of noise and zeros
+                # take less power, and so less time, than a training step's.
+                out.float().pow(3).mean().backward()
                 optimizer.step()
             finally:
                 optimizer.zero_grad(set_to_none=True)
@@ -65,56 +67,63 @@ def compare(
     names: list[str], mixes: dict[str, list[Any]], encoders: Encoders, repeats: int, add: Callable[[dict], None]
 ) -> None:
     """Hands one row for each mix and implementation to ``add``."""
-    import torch
-    from step_flops import encoder as flops_of
     from step_workload import forget_scales
 
-    device = encoders.device
-    together = device.type == "cpu"  # a GPU is ours alone, and its memory may not hold all
+    together = encoders.device.type == "cpu"  # a GPU is ours alone, and its memory may not hold all
     for group in [names] if together else [[name] for name in names]:
-        steps = {name: encoders.make(name) for name in group}
-        for mix, batches in mixes.items():
-            seconds: dict[str, list[float]] = {name: [] for name in group}
-            peaks = dict.fromkeys(group, 0)
-            running = dict(steps)
-            for batch in batches:
-                inputs = batch.features(device, encoders.config.model.speech_encoder.feat_in)
-                samples: dict[str, list[float]] = {name: [] for name in group}
-                for name, step in list(running.items()):
-                    if device.type == "cuda":
-                        torch.cuda.reset_peak_memory_stats()
-                    try:
-                        step(*inputs)
-                    except torch.cuda.OutOfMemoryError:
-                        del running[name]
-                        continue
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
-                        peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
-                for _ in range(repeats):
-                    for name, step in running.items():
-                        samples[name].append(timed(lambda s=step, i=inputs: s(*i), device))
-                for name in running:
-                    seconds[name].append(statistics.median(samples[name]))
-            frames = sum(batch.total for batch in batches)
-            work = 3 * sum(flops_of(batch.frames, encoders.config.model) for batch in batches)
-            padding = 1 - frames / sum(len(b.frames) * int(b.frames.max()) for b in batches)
-            for name in group:
-                row = {"mix": mix, "implementation": name, "padding_share": padding, "batches": len(batches)}
-                row["frames"] = frames
-                if name in running:
-                    row["seconds"] = sum(seconds[name])
-                    row["frames_per_second"] = frames / row["seconds"]
-                    row["flops_per_second"] = work / row["seconds"]
-                    row["peak_bytes"] = peaks[name] or None
-                else:
-                    row["error"] = "out of memory"
-                add(row)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        running = steps = {}
-        release(device)
+        compare_group(group, mixes, encoders, repeats, add)
+        release(encoders.device)
         forget_scales()
+
+
+def compare_group(
+    group: list[str], mixes: dict[str, list[Any]], encoders: Encoders, repeats: int, add: Callable[[dict], None]
+) -> None:
+    """:func:`compare` of implementations that are in memory together; nothing holds them afterwards."""
+    import torch
+    from step_flops import encoder as flops_of
+
+    device = encoders.device
+    steps = {name: encoders.make(name) for name in group}
+    for mix, batches in mixes.items():
+        seconds: dict[str, list[float]] = {name: [] for name in group}
+        peaks = dict.fromkeys(group, 0)
+        running = dict(steps)
+        for batch in batches:
+            inputs = batch.features(device, encoders.config.model.speech_encoder.feat_in)
+            samples: dict[str, list[float]] = {name: [] for name in group}
+            for name, step in list(running.items()):
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                try:
+                    step(*inputs)
+                except torch.cuda.OutOfMemoryError:
+                    del running[name]
+                    continue
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                    peaks[name] = max(peaks[name], torch.cuda.max_memory_allocated())
+            for _ in range(repeats):
+                for name, step in running.items():
+                    samples[name].append(timed(lambda s=step, i=inputs: s(*i), device))
+            for name in running:
+                seconds[name].append(statistics.median(samples[name]))
+        frames = sum(batch.total for batch in batches)
+        work = 3 * sum(flops_of(batch.frames, encoders.config.model) for batch in batches)
+        padding = 1 - frames / sum(len(b.frames) * int(b.frames.max()) for b in batches)
+        for name in group:
+            row = {"mix": mix, "implementation": name, "padding_share": padding, "batches": len(batches)}
+            row["frames"] = frames
+            if name in running:
+                row["seconds"] = sum(seconds[name])
+                row["frames_per_second"] = frames / row["seconds"]
+                row["flops_per_second"] = work / row["seconds"]
+                row["peak_bytes"] = peaks[name] or None
+            else:
+                row["error"] = "out of memory"
+            add(row)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def release(device: Any) -> None:

@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,6 +117,34 @@ def test_a_run_writes_every_part_and_implementation(tmp_path, capsys):
     assert all(value > 0 for value in step["parts_seconds"].values())
     assert step["seconds"] == pytest.approx(sum(step["parts_seconds"].values()))
     assert step["tokens"] > 0
+
+
+def test_on_a_gpu_one_implementation_is_gone_before_the_next_is_made(config, monkeypatch):
+    import step_encoders
+
+    class Step:
+        def __call__(self, *inputs):
+            pass
+
+    class OnGPU:
+        def __init__(self):
+            self.config, self.device, self.made = config, SimpleNamespace(type="cuda"), []
+
+        def make(self, name):
+            assert not any(step() for step in self.made), "the one before is still held"
+            made = Step()
+            self.made.append(weakref.ref(made))
+            return made
+
+    for name in ("reset_peak_memory_stats", "synchronize", "max_memory_allocated", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1)
+    monkeypatch.setattr(step_encoders, "timed", lambda step, device: step() or 1.0)
+    monkeypatch.setattr(Batch, "features", lambda *_: ())
+    rows: list[dict] = []
+    encoders = OnGPU()
+    step_encoders.compare(["stock", "ours"], {"sorted": [Batch(np.array([40, 50]))]}, encoders, 2, rows.append)
+    assert [row["implementation"] for row in rows] == ["stock", "ours"]
+    assert len(encoders.made) == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
