@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,7 @@ from slam_kernels import triton_unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
+TESTS = ROOT / "tests" / "gpu" / "test_kernels_gpu.py"
 REFERENCE = "triton"
 
 
@@ -64,7 +66,7 @@ def environment(device: torch.device) -> dict:
 
 
 def failing_operators(finished: Path | None) -> set[str] | None:
-    """Operators with a failing GPU test; None if the tests could not run at all.
+    """GPU tests that failed or that the run did not reach; None if the tests could not run at all.
 
     Args:
         finished: a JUnit report of a run that has just been; None runs the tests now.
@@ -76,9 +78,7 @@ def failing_operators(finished: Path | None) -> set[str] | None:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        subprocess.run(
-            [*command, "tests/gpu/test_kernels_gpu.py"], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        subprocess.run([*command, str(TESTS)], cwd=ROOT, env=environment, capture_output=True, text=True)
         return _failing(list(ElementTree.parse(report).iter("testcase")) if report.exists() else [])
 
 
@@ -86,7 +86,9 @@ def _failing(cases: list[ElementTree.Element]) -> set[str] | None:
     if not cases or all(case.find("skipped") is not None for case in cases):
         return None
     bad = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    return {name.removeprefix("test_") for name in bad}
+    seen = {c.get("name", "").partition("[")[0] for c in cases}
+    missing = set(re.findall(r"^def (test_\w+)", TESTS.read_text(), re.MULTILINE)) - seen  # of a run that was cut
+    return {name.removeprefix("test_") for name in [*bad, *(f"{name} (did not run)" for name in missing)]}
 
 
 def is_red(operator: str, failing: set[str] | None) -> bool:
