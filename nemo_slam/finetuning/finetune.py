@@ -132,7 +132,11 @@ def finetune(cfg: DictConfig) -> Path:
     fit(cfg, trainer, model, data, {"train": train}, {} if validation is None else {"validation": validation}, resume)
     if trainer.global_step >= trainer.max_steps or any(callback.stopped for callback in stopping):
         for callback in stopping:
-            logging.info(f"weights of step {callback.restore_best(model)}, the best by {callback.monitor}")
+            best = callback.restore_best(model)
+            if best < 0:
+                logging.warning(f"no validation gave a number for {callback.monitor}: the last weights are kept")
+            else:
+                logging.info(f"weights of step {best}, the best by {callback.monitor}")
         save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
         minutes = (time.perf_counter() - started) / 60

@@ -65,7 +65,8 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
 
     def restore_best(self, model: LightningModule) -> int:
-        """Load the best weights; returns their step, or -1 where no validation was any good."""
+        """Load the best weights; returns their step, or -1 where no validation gave a number. All ranks call it."""
+        model.trainer.strategy.barrier()  # rank 0 may still be writing them, of the last validation
         if self.best_step < 0:
             return -1
         found = torch.load(self.path, map_location="cpu", weights_only=True)

@@ -1,0 +1,54 @@
+"""Early stopping, without a trainer; with one it is in test_finetune.py."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nemo_slam.finetuning.stopping import EarlyStopping
+
+
+def validate(callback, values, module):
+    """Validations that log these values, one a step; returns the steps after which training was to stop."""
+    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, should_stop=False, global_step=0)
+    stops = []
+    for step, value in enumerate(values, 1):
+        trainer.global_step, trainer.callback_metrics = step, {"val_wer": torch.tensor(value)}
+        module.bias.data.fill_(step)
+        callback.on_validation_end(trainer, module)
+        if trainer.should_stop:
+            stops.append(step)
+    return stops
+
+
+@pytest.fixture
+def module():
+    layer = torch.nn.Linear(1, 1)
+    layer.trainer = SimpleNamespace(strategy=SimpleNamespace(barrier=lambda: None))
+    return layer
+
+
+@pytest.mark.parametrize(("mode", "values"), [("min", [3.0, 1.0, math.nan, 1.0, 2.0]), ("max", [1.0, 3.0, 3.0, 2.0])])
+def test_it_stops_after_patience_and_the_best_come_back(tmp_path, module, mode, values):
+    callback = EarlyStopping(tmp_path, 2, "val_wer", mode)
+    assert validate(callback, values, module)[0] == 4
+    assert callback.restore_best(module) == 2
+    assert module.bias.item() == 2
+
+
+def test_a_figure_that_is_never_a_number_leaves_the_last_weights(tmp_path, module):
+    callback = EarlyStopping(tmp_path, 2, "val_wer", "min")
+    assert validate(callback, [math.nan, math.nan], module) == [2]
+    assert callback.restore_best(module) == -1
+    assert module.bias.item() == 2
+
+
+def test_other_ranks_wait_until_the_best_weights_are_written(tmp_path, module):
+    """Rank 0 writes them after the last validation, while the others are out of the training loop already."""
+    callback = EarlyStopping(tmp_path, 2, "val_wer", "min")
+    callback.load_state_dict({"best": 1.0, "best_step": 7, "waited": 0})
+    weights = {"weight": torch.zeros(1, 1), "bias": torch.full((1,), 7.0)}
+    module.trainer.strategy.barrier = lambda: torch.save({"step": 7, "weights": weights}, callback.path)
+    assert callback.restore_best(module) == 7
+    assert module.bias.item() == 7
