@@ -36,6 +36,7 @@ from nemo_slam.training.lost_ranks import LostRanks
 from nemo_slam.training.parallel import ParallelConfig, make_strategy, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
 from nemo_slam.training.run_folder import RunMetrics
+from nemo_slam.training.settings import ConfiguredSettings
 
 MINIMUM_INITIALISED = 0.5
 """Share of the parameters that ``init_from`` must fill: objectives may be new, the encoder must not be."""
@@ -89,6 +90,7 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         metrics,
         StepCheckpoint(run_folder / "checkpoints", cfg.checkpoint.every_n_steps, cfg.checkpoint.keep_last),
         ScalingState(),
+        ConfiguredSettings(),
         *others,
     ]
     return Trainer(

@@ -261,6 +261,37 @@ def test_accumulation_may_change_between_runs(pretrain_config, monkeypatch):
     assert all(seen[step] == whole[step] for step in seen)
 
 
+ROOT_SCHEDULE = "model.optim.sched={name: InverseSquareRootAnnealing, warmup_steps: 1}"
+
+
+def test_a_run_that_is_made_longer_goes_on_with_the_longer_schedule(pretrain_config):
+    """NeMo's schedules are at their least behind the end that they were saved with."""
+    options = (ROOT_SCHEDULE, "model.validation_ds=null")
+    whole = module.pretrain(pretrain_config(1, "name=whole", "trainer.max_steps=8", *options))
+    module.pretrain(pretrain_config(1, "name=longer", "trainer.max_steps=4", *options))
+    assert metrics(module.pretrain(pretrain_config(1, "name=longer", "trainer.max_steps=8", *options))) == metrics(
+        whole
+    )
+
+
+def test_a_lower_rate_counts_from_the_resume_on(pretrain_config, monkeypatch):
+    """As the guard advises where updates go wrong; with a schedule, and without one."""
+    messages = []
+    monkeypatch.setattr(module.logging, "info", lambda text, *args: messages.append(str(text)))
+    for name, schedule in (("root", ROOT_SCHEDULE), ("none", "~model.optim.sched")):
+        options = (f"name={name}", schedule, "model.validation_ds=null", "trainer.max_steps=6")
+        high = [row["lr"] for row in metrics(module.pretrain(pretrain_config(1, *options, f"name={name}_high")))]
+        cfg = pretrain_config(1, *options, "model.optim.lr=2.0e-3")
+        with pytest.raises(_Killed):
+            interrupted(monkeypatch, cfg, KillAt(5))
+        rates = [row["lr"] for row in metrics(module.pretrain(pretrain_config(1, *options, "model.optim.lr=2.0e-4")))]
+        # The figure of a row is the rate of the step that follows.
+        assert [float(rate) for rate in rates[4:]] == pytest.approx([float(rate) / 10 for rate in high[4:]])
+        assert rates[:4] == high[:4]
+        assert any("resuming with other settings than before" in text for text in messages)
+        messages.clear()
+
+
 def test_other_data_are_not_a_resume(pretrain_config):
     module.pretrain(pretrain_config(1, "trainer.max_steps=4"))
     with pytest.raises(ValueError, match=r"other data: stream speech changed.*init_from"):
