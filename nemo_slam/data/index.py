@@ -15,8 +15,10 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,12 @@ CHECKED_BYTES = 1 << 28
 """Files up to this size are read whole when an index is opened, to see whether they are damaged: 0.3 s each at most.
 
 Of a larger one only the size is checked. Every rank reads, so the limit keeps the start of a large run short.
+"""
+KEPT_SECONDS = 86_400
+"""An index that does not match its sources is removed when the next is built, unless it is younger.
+
+Another run, or a machine with a copy of the sources that has other times, may be reading it; on a network file system it
+would be lost to them.
 """
 SHARD_ROWS = 8192  # a shard never crosses a source file
 _FLUSH_ROWS = 1 << 16
@@ -225,6 +233,8 @@ def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable
     """Builds into a temporary folder and renames it into place. The caller holds the lock."""
     outdated = [p for p in folder.parent.glob(f"{prefix}-*") if p != folder and p.is_dir()]
     if folder.exists():
+        if _try_open(folder) is not None:  # another machine's, which a network file system has just begun to show
+            return
         logger.warning("the index %s is damaged: building it anew", folder)
         shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
     elif outdated:
@@ -253,14 +263,21 @@ def _build(folder: Path, prefix: str, columns: Mapping[str, str], scan: Callable
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     for old in outdated:
-        shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # another user's, or gone already
+            if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(old)
 
 
 def _try_open(folder: Path) -> Index | None:
-    if not folder.is_dir():
+    """The index, or None where there is none to read, or a damaged one.
+
+    Any other error, such as too many open files or a network file system that fails, says nothing of the index: others
+    may be reading it, so that it must not be built anew.
+    """
+    if not os.path.isdir(folder):  # False too where a folder above it must not be read
         return None
     try:
         return Index(folder)
-    except (OSError, DataError) as error:
+    except (FileNotFoundError, PermissionError, DataError) as error:
         logger.warning("cannot use the index %s (%s)", folder, error)
         return None

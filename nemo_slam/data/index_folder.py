@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -55,9 +56,11 @@ def first_writable(folders: Sequence[Path]) -> Path:
 
 
 def _why_not_writable(folder: Path) -> str | None:
+    """None where files can be made and locked. Network file systems are mounted without locks too."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return None
     except OSError as error:
         return error.strerror or str(error)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import pytest
 from nemo_slam.data import index as index_module
 from nemo_slam.data import index_folder
 from nemo_slam.data.bad_rows import BadRow, DataError
-from nemo_slam.data.index import open_index
+from nemo_slam.data.index import Index, open_index
 
 COLUMNS = {"length": "<i4", "line": "<i4"}
 
@@ -95,6 +98,8 @@ def test_other_settings_are_another_index(source, tmp_path):
 @pytest.mark.parametrize("change", ["content", "length", "time"])
 def test_changed_source_is_noticed_and_said(source, caplog, change):
     old = open_numbers([source])
+    a_day_ago = time.time() - index_module.KEPT_SECONDS - 1
+    os.utime(old.folder, (a_day_ago, a_day_ago))
     before = source.stat()
     source.write_text({"content": "9 1 4 x 1 5 0 9", "length": "3 1", "time": source.read_text()}[change])
     # The same size and time with other bytes must be noticed as well as the same bytes at another time.
@@ -105,6 +110,15 @@ def test_changed_source_is_noticed_and_said(source, caplog, change):
     assert new.folder != old.folder
     assert "does not match its sources any more" in caplog.text
     assert not old.folder.exists()
+
+
+def test_machines_with_copies_of_other_times_leave_each_other_their_indexes(source, tmp_path):
+    """The path, the content and the folder for indexes are shared, the time of the source is each machine's own."""
+    log = tmp_path / "log"
+    for machine in (1, 2, 1, 2):
+        os.utime(source, (machine, machine))
+        assert len(open_numbers([source], log=log)) == 6
+    assert log.read_text() == "scan\n" * 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "lost", "meta"])
@@ -162,6 +176,77 @@ def test_another_machine_may_build_the_same_index_meanwhile(source):
     index = open_index("numbers", [source], {}, COLUMNS, scan)
     assert index.length.tolist() == [3, 1, 4, 1, 5, 9]
     assert [p.name for p in folder.parent.iterdir() if p.is_dir()] == [folder.name]
+
+
+def test_an_index_that_a_network_file_system_shows_late_is_not_removed(source, tmp_path, monkeypatch):
+    """Two looks find nothing, before the lock and under it; the third sees what another machine has built."""
+    log = tmp_path / "log"
+    folder = open_numbers([source], log=log).folder
+    looks, real = [], index_module._try_open
+
+    def look(path):
+        looks.append(path)
+        return real(path) if looks.count(folder) > 2 else None
+
+    monkeypatch.setattr(index_module, "_try_open", look)
+    with open(folder / "length.bin") as held:
+        assert open_numbers([source], log=log).length.tolist() == [3, 1, 4, 1, 5, 9]
+        assert os.fstat(held.fileno()).st_nlink == 1
+    assert log.read_text() == "scan\n"
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_an_index_that_cannot_be_read_now_is_not_removed(source, monkeypatch, number):
+    folder = open_numbers([source]).folder
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(index_module, "check_files", fail)
+    with open(folder / "length.bin") as held:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            open_numbers([source])
+        assert os.fstat(held.fileno()).st_nlink == 1
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="to be another user takes root")
+def test_an_index_that_another_user_keeps_to_himself_is_built_again(source, tmp_path, monkeypatch):
+    before = os.umask(0o077)
+    try:
+        own = open_numbers([source]).folder
+    finally:
+        os.umask(before)
+    cache = tmp_path / "user"
+    cache.mkdir()
+    cache.chmod(0o777)
+    for path in [source, *source.parents]:
+        if path.is_relative_to(tmp_path.parent.parent):
+            path.chmod(path.stat().st_mode | 0o555)
+    (source.parent / ".nemo_slam_index").chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    other = multiprocessing.get_context("fork").Process(target=lambda: os.setuid(54321) or open_numbers([source]))
+    other.start()
+    other.join()
+    assert other.exitcode == 0
+    assert Index(cache / "nemo_slam" / own.name).length.tolist() == [3, 1, 4, 1, 5, 9]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_passed_over(source, tmp_path, monkeypatch, caplog, number):
+    real = fcntl.flock
+
+    def flock(file, operation):
+        descriptor = file if isinstance(file, int) else file.fileno()
+        if str(source.parent) in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert open_numbers([source]).folder.parent == tmp_path / "user" / "nemo_slam"
+    assert os.strerror(number) in caplog.text
+    with pytest.raises(DataError, match=rf"{os.strerror(number)}.*cache_dir"):
+        open_numbers([source], cache_dir=source.parent / "cache")
 
 
 def test_others_may_read_the_index(source):
