@@ -3,7 +3,8 @@
     python -m nemo_slam.runner transcribe_speech.py model_path=asr_ctc.nemo audio_dir=prompts output_filename=out.json
 
 A script that never imports nemo_slam cannot restore a ``.nemo`` with our encoder: NeMo refuses classes that it does not
-know.
+know. On several GPUs: ``torchrun -m --nproc-per-node N nemo_slam.runner ...``; Lightning, left to start the other
+processes itself, starts the script alone.
 """
 
 from __future__ import annotations
