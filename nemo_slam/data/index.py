@@ -40,8 +40,8 @@ Of a larger one only the size is checked. Every rank reads, so the limit keeps t
 KEPT_SECONDS = 86_400
 """An index that does not match its sources is removed when the next is built, unless it is younger.
 
-Another run, or a machine with a copy of the sources that has other times, may be reading it; on a network file system it
-would be lost to them.
+Another run, or a machine with a copy of the sources that has other times, may be reading it; on a network file system
+it would be lost to them.
 """
 SHARD_ROWS = 8192  # a shard never crosses a source file
 _FLUSH_ROWS = 1 << 16

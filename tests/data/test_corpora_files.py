@@ -1,5 +1,6 @@
 """Whole files, the lock, the marker, and a preparation that is killed, repeated or called twice at once."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from nemo_slam.data.corpora import prepare
-from nemo_slam.data.corpora.files import CorpusError, read_marker, whole_file, write_text
+from nemo_slam.data.corpora.files import CorpusError, locked, read_marker, whole_file, write_text
 from nemo_slam.data.corpora.layout import finish, prepare_once
 
 REQUEST = {"version": 1}
@@ -172,9 +173,28 @@ def test_an_unknown_corpus_names_the_known(tmp_path):
         prepare("librispeach", tmp_path)
 
 
-def test_folders_that_no_preparation_made_are_not_removed(tmp_path):
+@pytest.mark.parametrize("marker", [None, '{"name": "mine"}', "mine"])
+def test_folders_that_no_preparation_made_are_not_removed(tmp_path, marker):
+    if marker is not None:
+        (tmp_path / "corpus.json").write_text(marker)
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "mine.wav").write_bytes(b"")
     with pytest.raises(CorpusError, match="holds audio, which no preparation made"):
         prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
     assert (tmp_path / "audio" / "mine.wav").exists()
+
+
+def test_a_folder_without_locks_or_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(CorpusError, match=r"file: nothing can be prepared there.*File exists"),
+        locked(tmp_path / "file", "x"),
+    ):
+        pass
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(CorpusError, match=r"root: nothing can be prepared there.*No locks available"):
+        prepare_once(tmp_path / "root", "tiny", REQUEST, lambda: None)

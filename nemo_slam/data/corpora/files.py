@@ -69,21 +69,44 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Holds an inter-process lock (released by the kernel if its holder dies) on ``folder``/``.name.lock``."""
+    """Holds an inter-process lock (released by the kernel if its holder dies) on ``folder``/``.name.lock``.
+
+    Raises:
+        CorpusError: the folder cannot be written to, or its file system has no locks.
+    """
     from filelock import FileLock
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{name}.lock"):
+    lock = FileLock(folder / f".{name}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise CorpusError(
+            f"{folder}: nothing can be prepared there, it cannot be written to or locked ({error.strerror}): choose "
+            "another folder, or do it from a machine that can"
+        ) from error
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def is_marker(root: Path) -> bool:
+    """Whether ``corpus.json`` below ``root`` is one of ours, complete or not."""
+    return _marker(root) is not None
 
 
 def read_marker(root: Path) -> dict[str, Any] | None:
     """``corpus.json`` below ``root`` if it is there, can be read, and every file it lists exists; else None."""
+    marker = _marker(root)
+    if marker is None or not all((root / name).is_file() for name in marker["sha256"]):
+        return None
+    return marker
+
+
+def _marker(root: Path) -> dict[str, Any] | None:
     try:
         marker = json.loads((root / "corpus.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    listed = marker.get("sha256") if isinstance(marker, dict) else None
-    if not listed or not all((root / name).is_file() for name in listed):
-        return None
-    return marker
+    return marker if isinstance(marker, dict) and marker.get("sha256") and "request" in marker else None

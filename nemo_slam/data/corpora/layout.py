@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nemo_slam.data.corpora.files import CorpusError, locked, read_marker, remove_leftovers, sha256, write_text
+from nemo_slam.data.corpora.files import (
+    CorpusError,
+    is_marker,
+    locked,
+    read_marker,
+    remove_leftovers,
+    sha256,
+    write_text,
+)
 from nemo_slam.data.corpora.normalise import fold
 from nemo_slam.data.corpora.splits import pick
 
@@ -60,7 +68,7 @@ def prepare_once(root: Path, name: str, request: Mapping[str, Any], build: Calla
 
 def _refuse_foreign(root: Path) -> None:
     """A corpus is made anew by removing what an earlier preparation left; nobody else's folders are removed."""
-    if (root / LOCK).exists() or (root / "corpus.json").exists():
+    if (root / LOCK).exists() or is_marker(root):
         return
     if found := [folder for folder in FOLDERS if (root / folder).exists()]:
         raise CorpusError(f"{root} holds {', '.join(found)}, which no preparation made: choose another folder (--root)")
