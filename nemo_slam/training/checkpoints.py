@@ -108,7 +108,7 @@ def exit_if_terminated(trainer: Trainer) -> None:
 
 
 class StepCheckpoint(Callback):
-    """Saves every ``every_n_steps`` optimizer steps, at the end, and on SIGTERM; keeps the last ``keep_last``.
+    """Saves every ``every_n_steps`` optimizer steps, at the end, early or not, and on SIGTERM; keeps ``keep_last``.
 
     Dropout draws from torch's generator, the one piece of randomness that is not a function of the step: every rank's
     state is saved, and restored right before the first batch after a resume.
@@ -129,6 +129,7 @@ class StepCheckpoint(Callback):
         self.terminated = False
         self._signalled = False
         self._random_state: list[dict[str, torch.Tensor]] | None = None
+        self._random_at_step: dict[str, torch.Tensor] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         trainer.strategy.checkpoint_io = StreamedCheckpointIO()
@@ -144,6 +145,10 @@ class StepCheckpoint(Callback):
         # what was there before the run; were its own handler put back here, the run's objects would stay alive.
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._saved_at:  # ended early, by trainer.max_time or for want of improvement
+            self.save(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where a kill came between the last save and the removal, the next start has nothing left to save.
         if trainer.is_global_zero:
@@ -153,7 +158,7 @@ class StepCheckpoint(Callback):
         self._signalled = True
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["random_state"] = of_every_rank(_random_state())
+        checkpoint["random_state"] = of_every_rank(self._random_at_step or _random_state())
         checkpoint["identity"] = self.identity
         # NeMo's copy of the config, objects that no weights-only reader takes; the run folder has it as config.yaml.
         for key in ("hyper_parameters", "hparams_name", "hparams_type"):
@@ -197,6 +202,8 @@ class StepCheckpoint(Callback):
         step = trainer.global_step
         if step == self._saved_at or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        # A run that ends in the middle of an accumulated step goes on from that step's beginning.
+        self._random_at_step = _random_state()
         stop = trainer.strategy.reduce_boolean_decision(self._signalled, all=False)
         if stop or step % self.every_n_steps == 0 or step == trainer.max_steps:
             self.save(trainer)

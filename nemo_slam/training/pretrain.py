@@ -14,7 +14,7 @@ from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_slam.archive import read_config, read_tokenizer
-from nemo_slam.config import parse
+from nemo_slam.config import ConfigError, parse
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.loader import build_streams
 from nemo_slam.data.pairs import PairStream
@@ -84,7 +84,19 @@ def make_loggers(node: DictConfig, run_folder: Path) -> list[Logger]:
 
 
 def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others: Callback) -> Trainer:
-    """Lightning's trainer with our checkpoints, metrics and loggers."""
+    """Lightning's trainer with our checkpoints, metrics and loggers.
+
+    Raises:
+        ConfigError: no number of steps, or a limit on batches.
+    """
+    steps, batches = cfg.trainer.get("max_steps", -1), cfg.trainer.get("limit_train_batches", 1.0)
+    if steps < 1:
+        raise ConfigError(
+            f"trainer.max_steps must be positive, got {steps}: streams have no end. +trainer.max_time=DD:HH:MM:SS ends "
+            "a run earlier"
+        )
+    if batches != 1.0 or isinstance(batches, int):  # Lightning would begin again at the first of them, and again
+        raise ConfigError("trainer.limit_train_batches: a run is one endless epoch; set trainer.max_steps instead")
     callbacks = [
         # Metrics before checkpoints: a checkpoint at step k then implies that row k is written.
         metrics,

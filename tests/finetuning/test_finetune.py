@@ -348,6 +348,8 @@ def test_early_stopping_keeps_the_best_weights(corpus, tmp_path):
     assert best["step"] == 1
     saved = read_weights(run_folder / "asr_ctc.nemo")
     assert all(torch.equal(saved[name], tensor) for name, tensor in best["weights"].items())
+    finetune(scratch(corpus, tmp_path, *overrides))
+    assert rows(run_folder)[-1]["step"] == "3", "a run that has stopped stays so"
 
 
 def test_a_figure_that_is_never_logged_cannot_be_monitored(corpus, tmp_path):

@@ -12,8 +12,10 @@ import sentencepiece
 import torch
 from lightning.pytorch import Callback
 
+from nemo_slam.config import ConfigError
 from nemo_slam.training import pretrain as module
 from nemo_slam.training.checkpoints import finished_checkpoints
+from nemo_slam.training.initialise import read_weights
 
 TIMES = {"frames_per_second", "tokens_per_second", "seconds"}
 
@@ -107,6 +109,39 @@ def test_sigterm_saves_and_the_next_run_goes_on(pretrain_config, monkeypatch):
     module.pretrain(cfg)
     assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [3, 4, 5]
     assert steps(folder) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_is_ended_early_is_saved_and_goes_on_exactly(pretrain_config, monkeypatch):
+    """As by trainer.max_time: in the middle of an accumulated step, with no checkpoint before."""
+
+    class OutOfTime(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = batch_idx == 6
+
+    options = ("trainer.accumulate_grad_batches=2", "trainer.max_steps=5", "checkpoint.every_n_steps=100")
+    whole = module.pretrain(pretrain_config(1, "name=whole", *options))
+    cfg = pretrain_config(1, "name=early", *options)
+    folder = interrupted(monkeypatch, cfg, OutOfTime())
+    assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [3]
+    assert not list(folder.glob("*.nemo"))
+    module.pretrain(cfg)
+    assert [row for row in metrics(folder) if row["loss"]] == [row for row in metrics(whole) if row["loss"]]
+    found, expected = (read_weights(f / "checkpoints" / "step_000000005.ckpt") for f in (folder, whole))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps=-1", r"trainer\.max_steps must be positive, got -1.*max_time"),
+        ("~trainer.max_steps", r"trainer\.max_steps must be positive"),
+        ("+trainer.limit_train_batches=3", r"limit_train_batches: .* set trainer\.max_steps"),
+    ],
+)
+def test_a_run_without_an_end_is_refused(pretrain_config, override, message):
+    """Lightning would look for a next batch for ever, or take the same few again and again."""
+    with pytest.raises(ConfigError, match=message):
+        module.pretrain(pretrain_config(1, override))
 
 
 def test_a_finished_run_lets_go_of_its_files_and_of_sigterm(pretrain_config):
