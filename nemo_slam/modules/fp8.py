@@ -15,8 +15,8 @@ import importlib
 import importlib.util
 import os
 import sysconfig
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ MULTIPLE = 16
 """Rows and columns of an FP8 product come in multiples of this."""
 HISTORY = 64
 """Largest values remembered for each tensor's scale. Speech and multimodal encoder are two regions of a step, and each
-region moves every history on: 64 are 32 steps."""
+region moves every history on: 64 are 32 steps. So does each layer that activation checkpointing computes again: with 24
+of them 64 are two steps and a half."""
 
 
 def check_config(mode: str, attention: str, head_size: int, dropout: float) -> None:
@@ -146,7 +147,19 @@ def region(mode: str, device: torch.device) -> AbstractContextManager:
     if mode == "none":
         return nullcontext()
     require(mode, device)
-    return load().autocast(enabled=True, recipe=recipe(mode))
+    return _region(mode)
+
+
+@contextmanager
+def _region(mode: str) -> Iterator[None]:
+    if not torch.is_inference_mode_enabled():
+        with load().autocast(enabled=True, recipe=recipe(mode)):
+            yield
+        return
+    # Scales that Transformer Engine makes in inference mode, in a validation that meets the first sequences of a width,
+    # could not be written to by training: activation checkpointing would fail at them.
+    with torch.inference_mode(False), torch.no_grad(), load().autocast(enabled=True, recipe=recipe(mode)):
+        yield
 
 
 def require(mode: str, device: torch.device) -> None:

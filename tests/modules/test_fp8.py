@@ -106,6 +106,30 @@ def test_autocast_is_not_entered_without_fp8(transformer_engine, layout):
     assert transformer_engine.entered == 1
 
 
+@pytest.mark.parametrize("mode", ["gemm", "attention"])
+def test_scales_first_made_in_inference_mode_can_be_trained(transformer_engine, layout, monkeypatch, mode):
+    """Lightning validates in inference mode, whose tensors nobody may write to afterwards; TE makes scales on first
+    use, and its checkpointing writes to them."""
+    scales = []
+
+    def prepare(module):
+        scales.append(torch.ones(1))
+        assert not torch.is_grad_enabled()
+
+    ours, plain = wide(fp8=mode).eval(), wide().eval()
+    rows = torch.randn(layout.num_rows, 128)
+    expected = plain(rows, layout)
+    with monkeypatch.context() as patched, torch.inference_mode():
+        patched.setattr(te_stand_in.BaseModule, "prepare", prepare)
+        out = ours(rows, layout)
+        assert torch.is_inference_mode_enabled()
+    torch.testing.assert_close(out[: layout.num_valid], expected[: layout.num_valid].detach(), rtol=1e-4, atol=1e-4)
+    assert scales
+    for scale in scales:
+        scale.fill_(2.0)
+    run(ours.train(), layout, 128)
+
+
 def test_fp8_on_a_cpu_is_an_error_before_anything_ran(layout):
     with pytest.raises(fp8.BackendError, match=r"fp8=gemm on cpu: .*needs an NVIDIA GPU.*fp8=none"):
         run(stack(fp8="gemm"), layout)
