@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_slam.config import ConfigError
 from nemo_slam.data.bad_rows import BadRows, EmptyStreamError
+from nemo_slam.data.corpora.files import write_text
 from nemo_slam.data.manifest import expand_paths
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.tokenizer import train_on_lines
@@ -124,14 +127,32 @@ def train_once(
 
     Raises:
         EmptyStreamError: no row has such a text.
+        ConfigError: the one that is there was trained with other settings, or on other files.
     """
-    if not (folder / "tokenizer.model").is_file():
-        key, files = data.train_ds[key_name], manifests(data, "train_ds")
-        texts = list(read(files, key))
-        if not texts:
-            names = ", ".join(map(str, files))
-            raise EmptyStreamError(f"data.train_ds: no row of {names} has a string {key!r} (data.train_ds.{key_name})")
-        train_on_lines(texts, folder, size, allow_smaller=True, **options)
+    key, files = data.train_ds[key_name], manifests(data, "train_ds")
+    settings = {
+        "vocab_size": size,
+        **options,
+        "key": key,
+        "files": [[path.name, path.stat().st_size] for path in files],
+    }
+    record = folder / "trained_with.json"
+    if (folder / "tokenizer.model").is_file():
+        before = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else settings
+        if other := [
+            f"{name} {before.get(name)}, not {value}" for name, value in settings.items() if before.get(name) != value
+        ]:
+            raise ConfigError(
+                f"{folder} holds a tokenizer that an earlier start of this run trained with {'; '.join(other)}. Give "
+                "the new run another name; or remove that folder, if the run has no checkpoint yet to resume from"
+            )
+        return folder
+    texts = list(read(files, key))
+    if not texts:
+        names = ", ".join(map(str, files))
+        raise EmptyStreamError(f"data.train_ds: no row of {names} has a string {key!r} (data.train_ds.{key_name})")
+    write_text(record, json.dumps(settings, ensure_ascii=False) + "\n")  # before the tokenizer, whose model comes last
+    train_on_lines(texts, folder, size, allow_smaller=True, **options)
     return folder
 
 

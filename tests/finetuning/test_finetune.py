@@ -18,6 +18,7 @@ from nemo_slam.config import ConfigError
 from nemo_slam.data.bad_rows import EmptyStreamError
 from nemo_slam.finetuning.finetune import finetune
 from nemo_slam.finetuning.loader import TrainingDataset
+from nemo_slam.finetuning.speech_task import SpeechTask
 from nemo_slam.training.initialise import read_weights
 
 CONF = Path(__file__).parents[2] / "conf" / "finetuning"
@@ -256,6 +257,21 @@ def test_bad_audio_is_left_out_and_listed(corpus, tmp_path):
 def test_what_cannot_work_says_so_at_once(corpus, tmp_path, override, message):
     with pytest.raises((FileNotFoundError, EmptyStreamError), match=message):
         finetune(scratch(corpus, tmp_path, override.format(corpus.parent)))
+
+
+def test_a_tokenizer_of_an_earlier_start_is_not_taken_for_another(corpus, tmp_path):
+    """A start that ended before its first checkpoint leaves one, and the next may ask for another."""
+    task = SpeechTask(scratch(corpus, tmp_path), tmp_path / "run", None)
+    folder = task.tokenizer_dir()
+    made = (folder / "tokenizer.model").stat().st_mtime_ns
+    assert SpeechTask(task.cfg, tmp_path / "run", None).tokenizer_dir() == folder
+    assert (folder / "tokenizer.model").stat().st_mtime_ns == made
+    for override, message in (
+        ("tokenizer.vocab_size=14", r"vocab_size 16, not 14\. Give the new run another name"),
+        ("data.train_ds.text_key=translation", "key text, not translation"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            SpeechTask(scratch(corpus, tmp_path, override), tmp_path / "run", None).tokenizer_dir()
 
 
 def test_a_fine_tune_that_loads_nothing_stops(straight, corpus, tmp_path):
