@@ -129,7 +129,7 @@ class Network:
         channels, mels = self.model["speech_encoder"]["conv_channels"], self.model["speech_encoder"]["feat_in"]
         frames = batch.speech.spaced_frames() + batch.pair_speech.spaced_frames()
         rows = batch.speech.to_rows().rows + batch.pair_speech.to_rows().rows
-        half, fourth = frames / 2 * (mels + 1) // 2, frames / 4 * quarter(mels)
+        half, fourth = frames / 2 * ((mels + 1) // 2), frames / 4 * quarter(mels)
         tally.linear(half, 9, channels, saved=False, input_gradient=False)
         tally.add(saved=frames * mels * size)
         tally.elementwise(half, channels, saved=1)  # ReLU

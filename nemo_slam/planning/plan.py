@@ -50,7 +50,10 @@ class Run:
 
     @property
     def accumulate(self) -> int:
-        return int(self.config["trainer"]["accumulate_grad_batches"])
+        count = int(self.config["trainer"]["accumulate_grad_batches"])
+        if count < 1:
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, got {count}")
+        return count
 
     def batch(self, accumulate: int | None = None) -> MicroBatch:
         return micro_batch(self.config, self.lengths, self.ranks * (accumulate or self.accumulate))
@@ -125,10 +128,11 @@ def memory_of(run: Run, batch: MicroBatch, tally: Tally) -> Memory:
         )
     count = sum(parameters(run.config["model"]).values())
     weights = float(count * precision.weight)
-    # The gradients lie in the buckets of DistributedDataParallel (gradient_as_bucket_view), so they are there once.
+    # In the messages of DistributedDataParallel, or copied there.
+    copied = run.ranks > 1 and not run.config["parallel"]["gradient_as_bucket_view"]
     return Memory(
         weights=weights,
-        gradients=weights,
+        gradients=weights * (1 + copied),
         optimizer=OPTIMIZER_VALUES[optim] * weights,
         copies=float(count * precision.copies),
         inputs=batch.frames * INPUT_BYTES_PER_FRAME,

@@ -95,6 +95,9 @@ def micro_batch(config: Mapping[str, Any], typical: TypicalLengths, parts: int) 
         config: the resolved config of a run.
         typical: lengths of examples, all taken to be alike.
         parts: ranks times micro-batches.
+
+    Raises:
+        ValueError: the data lack a stream that the objectives need.
     """
     streams = streams_of(config["model"]["objectives"])
     train = config["data"]["train_ds"]
@@ -102,6 +105,8 @@ def micro_batch(config: Mapping[str, Any], typical: TypicalLengths, parts: int) 
     def share(stream: str, budget: str, length: float) -> Lengths:
         if stream not in streams:
             return Lengths.of([])
+        if train.get(stream) is None:
+            raise ValueError(f"data.train_ds lacks {stream}: the enabled objectives need {', '.join(sorted(streams))}")
         return Lengths.of([length], [float(train[stream][budget]) / parts / length])
 
     pair_speech = share("pairs", "frames_per_step", 100 * typical.pair_seconds)

@@ -17,7 +17,7 @@ from nemo_slam.planning.hardware import GPUS
 from nemo_slam.planning.network import parameters
 from nemo_slam.planning.operations import PRECISIONS
 from nemo_slam.planning.plan import USABLE, Run, make_plan, tally_of
-from nemo_slam.planning.workload import Lengths, expected_masked_frames
+from nemo_slam.planning.workload import Lengths, MicroBatch, expected_masked_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,6 +184,25 @@ def test_what_a_step_costs_is_the_batchs_whatever_its_cut():
     assert whole.flops == pytest.approx(6 * (rows * speech + tokens * whole.parameters["multimodal encoder"]), rel=0.1)
 
 
+def test_operations_of_the_front_end_are_those_of_its_images():
+    """Sizes of the two convolutions' outputs by torch, of one utterance of 400 frames in a line of 404."""
+    model = composed("slam_stage1", "model=slam", "data=paper")["model"]
+    channels, width, mels = 128, 1024, 80
+    nothing = Lengths.of([])
+    batch = MicroBatch(Lengths.of([400.0]), nothing, nothing, nothing, nothing)
+    image = torch.nn.functional.conv2d(torch.zeros(1, 1, 404, mels), torch.zeros(1, 1, 3, 3), stride=2, padding=1)
+    again = torch.nn.functional.conv2d(image, torch.zeros(1, 1, 3, 3), stride=2, padding=1)
+    expected = 2 * 9 * channels * (image.numel() + channels * again.numel()) + 2 * 100 * channels * 20 * width
+    tally = tally_of(model, batch, PRECISIONS["32-true"], fused=True)
+    assert tally.total("front end").products[0] == expected
+
+
+def test_gradients_that_are_copied_into_messages_are_there_twice():
+    once, twice = (plan(f"parallel.gradient_as_bucket_view={view}", ranks=8).memory for view in ("true", "false"))
+    assert twice.gradients == 2 * once.gradients
+    assert plan("parallel.gradient_as_bucket_view=false", ranks=1).memory.gradients == once.gradients
+
+
 def test_slow_links_show():
     assert plan(ranks=512, per_node=1).exposed > plan(ranks=512, per_node=8).exposed
 
@@ -205,6 +224,19 @@ def test_the_script_answers_without_torch():
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("[]\n")
     assert "GPU-hours" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=oracle_language"], "data.train_ds lacks speech"),
+        (["trainer.accumulate_grad_batches=0"], "accumulate_grad_batches must be at least 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(arguments, message):
+    result = subprocess.run([sys.executable, "scripts/plan.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert message in result.stderr
 
 
 def test_a_misspelt_override_is_named():
