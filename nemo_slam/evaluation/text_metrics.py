@@ -1,7 +1,7 @@
 """WER, CER, BLEU, chrF and accuracy of a corpus, with seeded bootstrap intervals.
 
 Every metric is reduced to counts per utterance (n, k) and a function of their sum, so that a resample of the corpus is
-one matrix product. Where a reference is empty, the hypothesis counts as insertions and no reference length is added.
+one product. Where a reference is empty, the hypothesis counts as insertions and no reference length is added.
 """
 
 from __future__ import annotations
@@ -128,12 +128,18 @@ def bleu_score(total: np.ndarray) -> float:
     return _ngram_score(BLEU(), total)
 
 
-def _resamples(n: int, number: int, seed: int) -> np.ndarray:
-    """How often each utterance occurs in each resample. *Shape:* (number, n)."""
-    draws = np.random.default_rng(seed).integers(0, n, size=(number, n))
-    occurs = np.zeros((number, n))
-    np.add.at(occurs, (np.arange(number)[:, None], draws), 1)
-    return occurs
+def _resampled(n: int, number: int, seed: int, *tables: np.ndarray) -> list[np.ndarray]:
+    """Sums of each table's rows over utterances drawn with replacement, the same draws for all tables.
+
+    *Shape:* tables (n, k) -> (number, k) each. One resample at a time: a million utterances fit as well.
+    """
+    generator = np.random.default_rng(seed)
+    sums = [np.zeros((number, table.shape[1])) for table in tables]
+    for i in range(number):
+        occurs = np.bincount(generator.integers(0, n, size=n), minlength=n)
+        for total, table in zip(sums, tables, strict=True):
+            total[i] = occurs @ table
+    return sums
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:
@@ -148,7 +154,7 @@ def bootstrap(counts: Counts, resamples: int = 1000, seed: int = 0) -> Interval:
     """The score and the 95% interval over utterances drawn with replacement."""
     if not len(counts.per_utterance):
         return Interval(math.nan, math.nan, math.nan)
-    sums = _resamples(len(counts.per_utterance), resamples, seed) @ counts.per_utterance
+    (sums,) = _resampled(len(counts.per_utterance), resamples, seed, counts.per_utterance)
     return Interval(counts.total(), *_quantiles(np.array([counts.score(s) for s in sums])))
 
 
@@ -164,7 +170,6 @@ def paired_bootstrap(first: Counts, second: Counts, resamples: int = 1000, seed:
         )
     if not len(first.per_utterance):
         return Interval(math.nan, math.nan, math.nan)
-    occurs = _resamples(len(first.per_utterance), resamples, seed)
-    pairs = zip(occurs @ first.per_utterance, occurs @ second.per_utterance, strict=True)
-    differences = np.array([second.score(b) - first.score(a) for a, b in pairs])
+    sums = _resampled(len(first.per_utterance), resamples, seed, first.per_utterance, second.per_utterance)
+    differences = np.array([second.score(b) - first.score(a) for a, b in zip(*sums, strict=True)])
     return Interval(second.total() - first.total(), *_quantiles(differences))
