@@ -61,26 +61,38 @@ class StreamedCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Refuses a damaged file. torch does not look at the checksums in it, and would read wrong weights."""
+        """Refuses a damaged file."""
+        self.refuse_damaged(path)
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except RuntimeError as error:
+            if "PytorchStreamReader" not in str(error):
+                raise
+            raise _damaged(path, str(error).splitlines()[0]) from error
+
+    @staticmethod
+    def refuse_damaged(path: Any) -> None:
+        """torch does not look at the checksums in a file, and would read wrong weights.
+
+        Raises:
+            ValueError: a part of it is not as it was written.
+        """
         try:
             with zipfile.ZipFile(path) as archive:
                 if any(member.compress_type for member in archive.infolist()):  # each decompressor has its own errors
                     raise zipfile.BadZipFile("a part of it is said to be compressed, and torch compresses none")
                 damaged = archive.testzip()
-            problem = f"{damaged} does not match its checksum" if damaged else ""
         except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OverflowError) as error:
-            problem = f"{type(error).__name__}: {error}"  # what zipfile makes of bytes that mean something else
-        if not problem:
-            try:
-                return super().load_checkpoint(path, *args, **kwargs)
-            except RuntimeError as error:
-                if "PytorchStreamReader" not in str(error):
-                    raise
-                problem = str(error).splitlines()[0]
-        raise ValueError(
-            f"the checkpoint {path} is damaged ({problem:.200}): remove it, and the same command resumes from the one "
-            "before"
-        )
+            raise _damaged(path, f"{type(error).__name__}: {error}") from error  # bytes that mean something else
+        if damaged:
+            raise _damaged(path, f"{damaged} does not match its checksum")
+
+
+def _damaged(path: Any, problem: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint {path} is damaged ({problem:.200}): remove it, and the same command resumes from the one "
+        "before"
+    )
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from nemo_slam.training import checkpoints as module
 from nemo_slam.training import guards
 from nemo_slam.training.checkpoints import StreamedCheckpointIO
 from nemo_slam.training.guards import disk_advice
+from nemo_slam.training.parallel import ShardedStrategy
 
 
 @pytest.fixture
@@ -35,8 +37,12 @@ def test_one_changed_bit_of_a_weight_is_noticed(saved):
     content = bytearray(saved.read_bytes())
     content[largest.header_offset + 8000] ^= 1
     saved.write_bytes(content)
-    with pytest.raises(ValueError, match=r"step_000000004\.ckpt is damaged .*remove it, and the same command resumes"):
-        StreamedCheckpointIO().load_checkpoint(saved)
+    sharded = ShardedStrategy(1, timedelta(seconds=1))  # which reads the file itself
+    sharded.checkpoint_io = StreamedCheckpointIO()
+    for reader in (StreamedCheckpointIO(), sharded):
+        message = r"step_000000004\.ckpt is damaged .*remove it, and the same command resumes"
+        with pytest.raises(ValueError, match=message):
+            reader.load_checkpoint(saved)
     assert not torch.equal(torch.load(saved)["weights"], torch.arange(4096.0))
 
 
