@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from nemo.core.config.optimizers import AdamWParams
 from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS, register_optimizer
+from torch.distributed.tensor import DTensor
 
 from nemo_slam import apex_package
 
 NAME = "auto"
 
 
-def implementation(name: str, device: torch.device) -> str:
-    """What ``model.optim.name`` means for parameters on ``device``.
+def implementation(name: str, device: torch.device, sharded: bool = False) -> str:
+    """What ``model.optim.name`` means for parameters on ``device``, which may be in shards (DTensors).
 
     Raises:
         ValueError: ``fused_adam``, NVIDIA apex's, cannot be had.
@@ -32,16 +33,20 @@ def implementation(name: str, device: torch.device) -> str:
             )
         if device.type != "cuda":
             raise ValueError(f"model.optim.name=fused_adam needs a CUDA device, not {device.type!r}: use adamw or auto")
+        if sharded:
+            raise ValueError("model.optim.name=fused_adam takes no shards (parallel.strategy=fsdp2): use auto")
         return "NVIDIA apex FusedAdam"
     if name == NAME:
         if device.type != "cuda":
             return "torch AdamW"
-        return "NVIDIA apex FusedAdam" if apex == "nvidia" else "torch AdamW, fused"
+        # apex's kernels want a tensor's own memory, which a shard's DTensor has not.
+        return "NVIDIA apex FusedAdam" if apex == "nvidia" and not sharded else "torch AdamW, fused"
     return f"torch {name}"
 
 
 class FastestAdamW:
-    """Makes AdamW: NVIDIA apex's ``FusedAdam`` on a GPU where apex is installed, else torch's, fused on a GPU.
+    """Makes AdamW: NVIDIA apex's ``FusedAdam`` on a GPU where apex is installed, else torch's, fused on a GPU; torch's
+    for weights in shards.
 
     Decoupled weight decay in either; with a decay of 0 this is Adam. The optimizer's state is float32, as the weights
     are.
@@ -49,7 +54,7 @@ class FastestAdamW:
 
     def __new__(cls, params: Iterable[Any], **options: Any) -> Any:
         groups = list(params)
-        if implementation(NAME, _device(groups)) == "NVIDIA apex FusedAdam":
+        if implementation(NAME, _device(groups), isinstance(_first(groups), DTensor)) == "NVIDIA apex FusedAdam":
             return _apex_class()(groups, adam_w_mode=True, **options)
         return TorchAdamW(groups, **options)
 
@@ -110,10 +115,13 @@ def _apex_class() -> Any:
     return ApexFusedAdam
 
 
+def _first(groups: list[Any]) -> torch.Tensor:
+    """The first parameter of a list of parameters or of parameter groups."""
+    return next(iter(groups[0]["params"] if isinstance(groups[0], dict) else groups))
+
+
 def _device(groups: list[Any]) -> torch.device:
-    """Of the first parameter of a list of parameters or of parameter groups."""
-    first = groups[0]["params"] if isinstance(groups[0], dict) else groups
-    return next(iter(first)).device
+    return _first(groups).device
 
 
 def register() -> None:

@@ -32,7 +32,13 @@ optimizers.register()
 
 
 def check_run(
-    encoder: nn.Module, config: ConformerConfig, pad_multiple: int, optimizer: str, precision: str, device: torch.device
+    encoder: nn.Module,
+    config: ConformerConfig,
+    pad_multiple: int,
+    optimizer: str,
+    precision: str,
+    device: torch.device,
+    sharded: bool = False,
 ) -> list[tuple[str, str]]:
     """Rows of the start-up table, or an error for what this machine cannot do.
 
@@ -42,6 +48,7 @@ def check_run(
         optimizer: ``model.optim.name``.
         precision: ``trainer.precision``.
         device: what the run trains on.
+        sharded: whether the weights will be (``parallel.strategy=fsdp2``).
 
     Raises:
         BackendError: a backend or FP8 that cannot be had.
@@ -75,7 +82,7 @@ def check_run(
         ("kernels", f"{kernel_backend.resolve(config.kernels, device)} (kernels: {config.kernels})"),
         ("attention", f"{backend}{in_use} (attention: {config.attention})"),
         ("layers", ", ".join(switches) or "activations kept, not compiled"),
-        ("optimizer", f"{optimizers.implementation(optimizer, device)} (optim: {optimizer})"),
+        ("optimizer", f"{optimizers.implementation(optimizer, device, sharded)} (optim: {optimizer})"),
     ]
 
 

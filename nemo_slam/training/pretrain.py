@@ -33,7 +33,7 @@ from nemo_slam.training.data_module import SLAMDataModule
 from nemo_slam.training.guards import StepGuard, disk_advice, memory_advice
 from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.lost_ranks import LostRanks
-from nemo_slam.training.parallel import ParallelConfig, make_strategy, whole_weights
+from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
 from nemo_slam.training.run_folder import RunMetrics
 from nemo_slam.training.settings import ConfiguredSettings
@@ -199,6 +199,7 @@ def pretrain(cfg: DictConfig) -> Path:
         cfg.model.optim.name,
         str(trainer.precision),
         trainer.strategy.root_device,
+        sharded=isinstance(trainer.strategy, ShardedStrategy),
     )
 
     torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws

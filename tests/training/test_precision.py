@@ -4,13 +4,17 @@ namesake."""
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "modules"))
 import te_stand_in
@@ -177,6 +181,9 @@ def test_nvidias_apex(tmp_path, monkeypatch):
     assert implementation("auto", CPU) == "torch AdamW"
     with pytest.raises(ValueError, match="needs a CUDA device"):
         implementation("fused_adam", CPU)
+    assert implementation("auto", GPU, sharded=True) == "torch AdamW, fused"
+    with pytest.raises(ValueError, match="fused_adam takes no shards"):
+        implementation("fused_adam", GPU, sharded=True)
     assert "apex" not in sys.modules  # looked for, not imported
 
 
@@ -227,6 +234,23 @@ def test_a_run_changes_between_apex_and_torch(tmp_path, monkeypatch, to_apex):
     after.load_state_dict(before.state_dict())
     steps(after, second, range(5, 10))
     torch.testing.assert_close(second, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_shards_are_torchs(tmp_path, monkeypatch):
+    """apex's kernels read a tensor's memory, and the DTensor around a shard has none."""
+    install_apex(tmp_path, monkeypatch, NVIDIA)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        shard = distribute_tensor(torch.zeros(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        monkeypatch.setattr("nemo_slam.training.optimizers._device", lambda groups: GPU)
+        monkeypatch.setattr("nemo_slam.training.optimizers.TorchAdamW", lambda groups, **options: "torch's")
+        assert FastestAdamW([{"params": [torch.nn.Parameter(shard)]}]) == "torch's"
+        assert "Apex" in type(FastestAdamW([torch.nn.Parameter(torch.zeros(4))])).__name__
+    finally:
+        dist.destroy_process_group()
 
 
 def test_adamw_takes_any_iterable_and_clips_under_lightning():
