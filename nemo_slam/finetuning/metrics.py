@@ -58,7 +58,7 @@ class FineTuneMetrics(RunMetrics):
         # Models log these summed or averaged over the ranks.
         figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         self._write(trainer, trainer.global_step, figures)
-        self._since = time.perf_counter()
+        self._go_on()
 
     @staticmethod
     def _line(step: int, last: int, figures: dict[str, float]) -> str:

@@ -76,7 +76,7 @@ class RunMetrics(Callback):
         self.file = MetricsFile(folder / "metrics.csv")
         self.every_n_steps = every_n_steps
         self._logged_at = -1
-        self._since = 0.0
+        self._since = self._paused = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._logged_at = trainer.global_step
@@ -111,11 +111,18 @@ class RunMetrics(Callback):
             "seconds": seconds,
         }
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def _go_on(self) -> None:
+        """The time of a validation, which may lie anywhere between two rows, is not training's."""
+        self._since += time.perf_counter() - self._paused
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         skipped = ("frames", "tokens", "positions", "attended_positions")
         figures = {k: v for k, v in pl_module.last_validation.items() if k.removeprefix("val_") not in skipped}
         self._write(trainer, trainer.global_step, figures)
-        self._since = time.perf_counter()
+        self._go_on()
 
     def _write(self, trainer: Trainer, step: int, figures: dict[str, float]) -> None:
         for logger in trainer.loggers:

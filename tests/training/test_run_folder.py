@@ -2,12 +2,14 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nemo_slam.objectives.base import Histogram, Loss, Metric, ObjectiveOutput
 from nemo_slam.objectives.metrics import MetricAccumulator
+from nemo_slam.training import run_folder
 from nemo_slam.training.run_folder import MetricsFile, RunMetrics
 
 
@@ -86,6 +88,36 @@ def test_a_loss_without_examples_is_not_a_number_and_not_in_the_sum():
     figures = metrics.flush()
     assert math.isnan(figures["codes"])
     assert figures["loss"] == 0.0
+
+
+def test_a_validation_between_two_rows_is_no_training_time(tmp_path, monkeypatch):
+    """Nor does the time before it get lost: steps of 10 s, a validation of 100 s after the second of four."""
+    clock = [0.0]
+    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: clock[0])
+    figures = dict.fromkeys(("loss", "positions", "attended_positions", "tokens"), 1.0) | {"frames": 4000.0}
+    model = SimpleNamespace(
+        train_metrics=SimpleNamespace(flush=lambda: dict(figures)), last_validation={"val_loss": 1.0}
+    )
+    trainer = SimpleNamespace(
+        global_step=0,
+        is_global_zero=True,
+        max_steps=4,
+        accumulate_grad_batches=1,
+        loggers=[],
+        optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])],
+    )
+    metrics = RunMetrics(tmp_path, 4)
+    metrics.on_train_start(trainer, model)
+    for batch in range(4):
+        clock[0] += 10
+        trainer.global_step += 1
+        metrics.on_train_batch_end(trainer, model, None, None, batch)
+        if trainer.global_step == 2:
+            metrics.on_validation_start(trainer, model)
+            clock[0] += 100
+            metrics.on_validation_end(trainer, model)
+    training = read(tmp_path / "metrics.csv")[-1]
+    assert (float(training["seconds"]), float(training["frames_per_second"])) == (40.0, 100.0)
 
 
 def test_the_progress_line_has_losses_and_rates():
