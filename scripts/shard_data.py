@@ -46,7 +46,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; default: %(default)s")
     verify = commands.add_parser("verify", help="check what was made")
     verify.add_argument("folder", type=Path, metavar="DIR")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if getattr(options, "workers", 1) < 1:
+        parser.error(f"--workers must be at least 1, got {options.workers}")
+    return options
 
 
 def make_audio(options: argparse.Namespace) -> int:
@@ -109,11 +112,12 @@ def main() -> int:
     options = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from nemo_slam.data.bad_rows import DataError
+    from nemo_slam.data.remote import RemoteError
 
     started = time.monotonic()
     try:
         status = {"audio": make_audio, "text": make_text, "shar": make_shar, "verify": verify}[options.command](options)
-    except DataError as error:
+    except (DataError, RemoteError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"({time.monotonic() - started:.1f} s)")

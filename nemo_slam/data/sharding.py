@@ -18,6 +18,7 @@ import logging
 import multiprocessing
 import os
 import tarfile
+from array import array
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -126,9 +127,13 @@ def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers
             pool.submit(make_shard, manifests, rows.places[cuts[s] : cuts[s + 1]], cuts[s], out, s, settings, identity)
             for s in missing
         ]
-        for done, job in enumerate(as_completed(jobs), start=1):
-            job.result()
-            logger.info("%d of %d shards made", done, len(missing))
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                job.result()
+                logger.info("%d of %d shards made", done, len(missing))
+        except BaseException:  # said now, not when all others are made
+            pool.shutdown(cancel_futures=True)
+            raise
     return _finish(out, plan, rows, settings.shards)
 
 
@@ -154,7 +159,7 @@ def _check_plan(path: Path, plan: dict[str, Any]) -> None:
 
 def _scan(manifests: Sequence[Path], settings: ShardSettings) -> Rows:
     """Places of the usable rows, in order. *Shape:* (n, 4) int64."""
-    places: list[tuple[int, int, int, int]] = []
+    places = array("q")  # 32 bytes a row, of which there may be many millions
     bad: list[BadRow] = []
     filtered = 0
     for number, manifest in enumerate(manifests):
@@ -167,7 +172,7 @@ def _scan(manifests: Sequence[Path], settings: ShardSettings) -> Rows:
                 bad.append(BadRow(str(manifest), line, str(error)))
                 continue
             if settings.min_duration <= duration <= settings.max_duration:
-                places.append((number, line, offset, len(raw)))
+                places.extend((number, line, offset, len(raw)))
             else:
                 filtered += 1
     return Rows(np.array(places, np.int64).reshape(-1, 4), bad, filtered)

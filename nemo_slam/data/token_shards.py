@@ -66,9 +66,13 @@ def make_token_files(
                 pool.submit(_tokenise, pieces[n], sources[pieces[n].source], config, tokenizer, results[n])
                 for n in missing
             ]
-            for done, job in enumerate(as_completed(jobs), start=1):
-                job.result()
-                logger.info("%d of %d pieces tokenised", done, len(missing))
+            try:
+                for done, job in enumerate(as_completed(jobs), start=1):
+                    job.result()
+                    logger.info("%d of %d pieces tokenised", done, len(missing))
+            except BaseException:  # said now, not when all others are done
+                pool.shutdown(cancel_futures=True)
+                raise
         _merge(builder, sources, pieces, results, model)
         shutil.rmtree(folder)
 

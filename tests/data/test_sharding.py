@@ -210,6 +210,16 @@ def test_the_script_verifies(shards, tmp_path):
     assert f"error: {out / 'audio_5.tar'}: 10240 bytes, written with" in result.stderr
 
 
+def test_an_error_ends_the_work_at_once(corpus, tmp_path):
+    (tmp_path / "out" / "audio_0.tar").mkdir(parents=True)  # where the first shard cannot be put
+    command = [sys.executable, "scripts/shard_data.py", "audio", str(corpus / "manifest.json")]
+    command += ["--out", str(tmp_path / "out"), "--shards", "100", "--workers", "1"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "error: [Errno 21] Is a directory" in result.stderr
+    assert len(list((tmp_path / "out" / ".records").iterdir())) < 50
+
+
 def test_bad_rows_are_listed_and_the_others_kept(tmp_path):
     soundfile.write(tmp_path / "good.wav", noise(1, 0), 16000)
     (tmp_path / "torn.wav").write_bytes(b"RIFF")
