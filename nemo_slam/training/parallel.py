@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig
+
+from nemo_slam.config import ConfigError
 
 STRATEGIES = ("ddp", "fsdp2")
 
@@ -60,6 +63,24 @@ def processes(trainer: Mapping[str, Any]) -> int:
     else:
         count = int(devices) if isinstance(devices, (int, str)) else len(devices)
     return count * int(trainer["num_nodes"])
+
+
+def refuse_strangers(trainer: Trainer) -> None:
+    """Processes that a launcher has started but that do not know of each other would be as many runs in one folder.
+
+    Lightning itself compares only where it sees several devices: not where ``trainer.devices`` is 1, or ``auto`` on a
+    CPU or where each process sees its own GPU alone.
+
+    Raises:
+        ConfigError: there are several, and this is a trainer of one.
+    """
+    started = int(os.environ.get("WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_STEP_NUM_TASKS", 1))
+    if started > 1 and trainer.world_size == 1:
+        raise ConfigError(
+            f"torchrun or srun has started {started} processes, and each would be a run of its own in the same folder: "
+            "set trainer.devices to the number of processes on a machine, trainer.num_nodes to that of machines, and "
+            "let each process see all GPUs of its machine"
+        )
 
 
 def of_every_rank(value: Any) -> list[Any]:

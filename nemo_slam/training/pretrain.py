@@ -33,7 +33,7 @@ from nemo_slam.training.data_module import SLAMDataModule
 from nemo_slam.training.guards import StepGuard, disk_advice, memory_advice
 from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.lost_ranks import LostRanks
-from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, whole_weights
+from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, refuse_strangers, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
 from nemo_slam.training.run_folder import RunMetrics
 from nemo_slam.training.settings import ConfiguredSettings
@@ -87,7 +87,7 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
     """Lightning's trainer with our checkpoints, metrics and loggers.
 
     Raises:
-        ConfigError: no number of steps, or a limit on batches.
+        ConfigError: no number of steps, a limit on batches, or processes that do not know of each other.
     """
     steps, batches = cfg.trainer.get("max_steps", -1), cfg.trainer.get("limit_train_batches", 1.0)
     if steps < 1:
@@ -105,7 +105,7 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         ConfiguredSettings(),
         *others,
     ]
-    return Trainer(
+    trainer = Trainer(
         **OmegaConf.to_container(cfg.trainer, resolve=True),
         strategy=make_strategy(parse(ParallelConfig, cfg.parallel, "parallel"), cfg.trainer),
         callbacks=callbacks,
@@ -118,6 +118,8 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         enable_model_summary=False,
         logger=make_loggers(cfg.exp_manager, run_folder),
     )
+    refuse_strangers(trainer)
+    return trainer
 
 
 def start_up_table(

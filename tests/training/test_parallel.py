@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_slam.config import flattened, parse
+from nemo_slam.config import ConfigError, flattened, parse
 from nemo_slam.training.agreement import MOST, differences
 from nemo_slam.training.parallel import ParallelConfig, make_strategy, processes
 
@@ -125,6 +125,20 @@ def test_ranks_with_other_configs_do_not_start(launch, tmp_path):
         assert "data.stream text is [" in result["error"]  # other pieces of the text: another index
         assert result["gradients"] == {}
     assert not (tmp_path / "unlike/metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "launcher", [{"SLURM_STEP_NUM_TASKS": "8"}, {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "8", "RANK": "3"}]
+)
+def test_processes_that_do_not_know_of_each_other_do_not_start(pretrain_config, monkeypatch, tmp_path, launcher):
+    """trainer.devices=auto is 1 on a CPU, and where each process sees one GPU."""
+    from nemo_slam.training.pretrain import pretrain
+
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"started 8 processes, .*set trainer\.devices"):
+        pretrain(pretrain_config(1, "name=strangers", "trainer.accelerator=cpu"))
+    assert not list((tmp_path / "strangers").iterdir())
 
 
 # ---- without processes ---------------------------------------------------------------------------
