@@ -97,6 +97,7 @@ def slurm(tmp_path):
             "SLURM_JOB_NODELIST": "n[0-3]",
             "SLURM_NNODES": "4",
             "SLURM_NTASKS_PER_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "12",
             "IMAGE": "/shared/nemo_slam.sqsh",
             "MOUNTS": "/shared",
             **environment,
@@ -137,7 +138,7 @@ def test_directives_of_the_batch_script():
 def test_a_finished_job_is_not_queued_again(slurm):
     status, log, asked, command = slurm("exit 0")
     assert (status, asked) == (0, []), log
-    assert "--container-image=/shared/nemo_slam.sqsh" in command
+    assert {"--container-image=/shared/nemo_slam.sqsh", "--cpus-per-task=12"} <= set(command)
     run = command[command.index("python") :]
     assert run[1:5] == ["scripts/speech_pretrain.py", "--config-name", "slam_stage1", "data=paper"]
     assert run[5:] == ["trainer.num_nodes=4", "trainer.devices=8"]
