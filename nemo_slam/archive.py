@@ -6,7 +6,7 @@ It is read, never unpacked: a path in it is a name to look up, its YAML is data.
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,24 @@ import yaml
 
 _CONFIG_LIMIT = 16 << 20
 _TOKENIZER_LIMIT = 256 << 20
+
+ANYWHERE: dict[str, dict[Any, Any]] = {
+    "kernels": {"triton": "auto"},
+    "attention": {"varlen": "auto", "te": "auto"},
+    "fp8": {"gemm": "none", "attention": "none"},
+    "compile": {True: False},
+}
+"""Choices of a ``conformer`` node that hold for a machine and a run, and what stands for them in a ``.nemo``."""
+
+
+def for_any_machine(config: MutableMapping[Any, Any]) -> None:
+    """Leave open, in a model's config, what it chose for the machine that it was trained on: an explicit choice is an
+    error where it cannot be had, and a model is restored elsewhere, and in another precision."""
+    for node in (config.get("encoder"), config):
+        conformer = None if node is None else node.get("conformer")
+        for key, into in ANYWHERE.items() if conformer is not None else ():
+            if conformer.get(key) in into:
+                conformer[key] = into[conformer[key]]
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

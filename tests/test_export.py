@@ -3,11 +3,14 @@
 import pytest
 import torch
 from nemo.collections.asr.models import ASRModel, EncDecCTCModelBPE
+from omegaconf import open_dict
 
+from nemo_slam.archive import read_config
 from nemo_slam.data.tokenizer import train_on_lines
-from nemo_slam.export import export_nemo
+from nemo_slam.export import build_stock_model, export_nemo
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.training.initialise import read_weights
+from nemo_slam.training.pretrain import save_nemo
 
 
 @pytest.fixture
@@ -38,6 +41,30 @@ def test_stock_model_with_the_pretrained_encoder(source, tokenizer, tmp_path):
     assert type(model) is EncDecCTCModelBPE
     assert model.decoder.num_classes_with_blank == model.tokenizer.vocab_size + 1
     assert len(model.transcribe([torch.zeros(16000)], verbose=False)) == 1
+
+
+def test_what_a_run_chose_for_its_machine_is_left_open_in_its_nemo(model_config, source, tokenizer, tmp_path):
+    """Explicit choices are errors where they cannot be had: on a CPU, and on a GPU in fp32, which inference runs in."""
+    chosen = {"kernels": "triton", "attention": "varlen", "compile": True, "dropout": 0.25}
+    model, _ = build_stock_model(source, "ctc", tokenizer)
+    with open_dict(model.cfg):
+        model.cfg.encoder.conformer.update(chosen)
+    pretrained = SLAMPretrainingModel(model_config(conformer={**model_config().conformer, **chosen, "fp8": "gemm"}))
+    for each, node in ((model, "encoder"), (pretrained, None)):
+        save_nemo(each, tmp_path / "run.nemo")
+        config = read_config(tmp_path / "run.nemo")
+        conformer = (config if node is None else config[node])["conformer"]
+        assert {key: conformer[key] for key in chosen} == {
+            "kernels": "auto", "attention": "auto", "compile": False, "dropout": 0.25
+        }  # fmt: skip
+        assert conformer.get("fp8", "none") == "none"
+        if node is not None:
+            restored = ASRModel.restore_from(str(tmp_path / "run.nemo"), map_location="cpu")
+            assert len(restored.transcribe([torch.zeros(16000)], verbose=False)) == 1
+    kept = {"kernels": "torch", "attention": "sdpa"}
+    model.cfg.encoder.conformer.update(kept)
+    save_nemo(model, tmp_path / "run.nemo")
+    assert kept.items() <= read_config(tmp_path / "run.nemo")["encoder"]["conformer"].items()
 
 
 def test_what_cannot_be_exported_is_named(source, tokenizer, tmp_path):

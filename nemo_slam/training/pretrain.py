@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from nemo.utils import logging
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_slam.archive import read_config, read_tokenizer
+from nemo_slam.archive import for_any_machine, read_config, read_tokenizer
 from nemo_slam.config import ConfigError, parse
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.data.loader import build_streams
@@ -165,7 +165,11 @@ def _save_config(cfg: DictConfig, run_folder: Path) -> None:
 
 
 def save_nemo(model: Any, path: Path) -> None:
-    """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive."""
+    """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive.
+
+    What its config chose for this machine is left open in it.
+    """
+    for_any_machine(model.cfg)
     part = path.with_name(f".{path.stem}.part.nemo")
     trainer: Trainer | None = model.trainer
     with disk_advice(path.parent), whole_weights(model):
