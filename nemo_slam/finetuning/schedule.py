@@ -49,10 +49,6 @@ class GroupedWarmup(LRScheduler):
         self.warmup_steps, self.decay, self.max_steps, self.min_lr = warmup_steps, decay, max_steps, min_lr
         super().__init__(optimizer, last_epoch)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """A run that is resumed with more steps ends there: the rates of its old end would train nothing any more."""
-        super().load_state_dict({**state_dict, "max_steps": self.max_steps})
-
     def get_lr(self) -> list[float | Tensor]:
         return [self._rate(group, base) for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True)]
 

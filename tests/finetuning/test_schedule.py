@@ -43,24 +43,6 @@ def test_cosine_ends_at_the_floor():
     assert rate[20] == rate[21] == pytest.approx(0.1)
 
 
-def test_a_run_resumed_with_more_steps_ends_with_them():
-    def schedule(max_steps):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        return GroupedWarmup(optimizer, decay="cosine", max_steps=max_steps)
-
-    def go_on(scheduler, steps):
-        for _ in range(steps):
-            scheduler.optimizer.step()
-            scheduler.step()
-        return scheduler.get_last_lr()[0]
-
-    finished, longer, same = schedule(20), schedule(40), schedule(20)
-    assert go_on(finished, 20) == 0.0
-    for scheduler, expected in ((longer, 0.5 * (1 + math.cos(0.75 * math.pi))), (same, 0.0)):
-        scheduler.load_state_dict(finished.state_dict())
-        assert go_on(scheduler, 10) == pytest.approx(expected)
-
-
 def test_unknown_decay_is_named():
     with pytest.raises(ValueError, match="decay: 'linear' is not one of inverse_square_root, cosine, constant"):
         rates(1, [{"lr": 1.0}], decay="linear")
