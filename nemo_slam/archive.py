@@ -29,9 +29,9 @@ def for_any_machine(config: MutableMapping[Any, Any]) -> None:
     error where it cannot be had, and a model is restored elsewhere, and in another precision."""
     for node in (config.get("encoder"), config):
         conformer = None if node is None else node.get("conformer")
-        for key, into in ANYWHERE.items() if conformer is not None else ():
-            if conformer.get(key) in into:
-                conformer[key] = into[conformer[key]]
+        if conformer is not None:
+            changes = {key: into[conformer[key]] for key, into in ANYWHERE.items() if conformer.get(key) in into}
+            conformer.update(changes)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
