@@ -83,6 +83,11 @@ def _read_headers(file: Any, size: int) -> tuple[list[tuple[str, int, int]], int
             for member in tar:
                 if member.isfile():
                     found.append((member.name, member.offset_data, member.size))
+            end = tar.offset
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
     except tarfile.ReadError as error:
         return found, size, str(error)
-    return found, size, ""
+    # tarfile takes what is no header, behind the first one, for the end; at the end are blocks of zeros.
+    whole = len(block) == tarfile.BLOCKSIZE and not any(block)
+    return found, size, "" if whole else f"no header at byte {end}"

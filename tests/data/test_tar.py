@@ -98,6 +98,20 @@ def test_truncated_shard(corpus, keep):
     assert len(stream.batch(0)) > 0
 
 
+@pytest.mark.parametrize("damage", ["overwritten", "cut between members"])
+def test_a_shard_that_tarfile_thinks_ends_early_is_named(corpus, damage):
+    whole = bytearray((corpus / "audio_1.tar").read_bytes())
+    with tarfile.open(corpus / "audio_1.tar") as tar:
+        second = tar.getmembers()[1].offset
+    whole[second : second + 300] = b"x" * 300
+    (corpus / "audio_1.tar").write_bytes(whole if damage == "overwritten" else whole[:second])
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    SpeechStream(config(corpus), seed=0, bad_rows=rows)
+    (line,) = (json.loads(line) for line in rows.path.read_text().splitlines())
+    assert line["line"] == 4
+    assert f"audio_1.tar: no header at byte {second}" in line["reason"]
+
+
 def test_a_shard_truncated_after_the_index_was_built(corpus):
     rows = BadRows(corpus / "bad_rows.jsonl")
     stream = SpeechStream(config(corpus), seed=0, bad_rows=rows)
