@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_slam.data.corpora import prepare
+from nemo_slam.data.corpora import layout, prepare
 from nemo_slam.data.corpora.files import CorpusError, locked, read_marker, whole_file, write_text
 from nemo_slam.data.corpora.layout import finish, prepare_once
 
@@ -198,3 +198,16 @@ def test_a_folder_without_locks_or_that_cannot_be_written_is_named(tmp_path, mon
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.raises(CorpusError, match=r"root: nothing can be prepared there.*No locks available"):
         prepare_once(tmp_path / "root", "tiny", REQUEST, lambda: None)
+
+
+def test_a_corpus_that_a_network_file_system_shows_late_is_not_removed(tmp_path, monkeypatch):
+    """Names are looked up anew when this machine has changed the folder, as by a client of NFS."""
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: _finish(tmp_path))
+    before = tmp_path.stat().st_mtime_ns
+
+    def look(root):
+        return read_marker(root) if root.stat().st_mtime_ns != before else None
+
+    monkeypatch.setattr(layout, "read_marker", look)
+    prepare_once(tmp_path, "tiny", REQUEST, lambda: pytest.fail("prepared again"))
+    assert (tmp_path / "manifests" / "speech_train.json").exists()

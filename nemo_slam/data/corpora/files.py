@@ -80,6 +80,10 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        # A client of NFS may take what the holder before has just made for absent, for a minute, until it sees the
+        # folder change; its own file is such a change.
+        with tempfile.NamedTemporaryFile(prefix=_TEMPORARY, dir=folder):
+            pass
     except OSError as error:
         raise CorpusError(
             f"{folder}: nothing can be prepared there, it cannot be written to or locked ({error.strerror}): choose "
