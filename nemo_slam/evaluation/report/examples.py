@@ -112,6 +112,7 @@ def restore(run: Run, weights: Path) -> SLAMPretrainingModel:
     """The run's model with these weights, ready to evaluate, on the GPU if there is one."""
     from omegaconf import OmegaConf
 
+    from nemo_slam.archive import for_any_machine
     from nemo_slam.models.pretraining import SLAMPretrainingModel
     from nemo_slam.training.initialise import load_weights, read_weights
 
@@ -120,7 +121,9 @@ def restore(run: Run, weights: Path) -> SLAMPretrainingModel:
         raise FileNotFoundError(
             f"the tokenizer {tokenizer} is not here; make the report in the folder that the run was started from"
         )
-    model = SLAMPretrainingModel(OmegaConf.create(run.config["model"]))
+    config = OmegaConf.create(run.config["model"])
+    for_any_machine(config)
+    model = SLAMPretrainingModel(config)
     load_weights(model, read_weights(weights), weights, minimum=1.0)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
