@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import wait
@@ -143,17 +144,26 @@ def step_loader(
 
 
 def _end_with_the_reader(worker: int) -> None:
-    """Called in a worker when it starts: lets it end as soon as the process that reads its batches has, killed or not.
+    """Called in a worker when it starts: lets it end as soon as the process that reads its batches has, killed or not,
+    and by that one's SIGTERM alone.
 
     torch's own watch is for the worker's parent process. Under the forkserver, Python 3.14's default, that is another
-    one, which lives as long as the workers do: after a SIGKILL all of them would stay for good.
+    one, which lives as long as the workers do: after a SIGKILL all of them would stay for good. And a SIGTERM to every
+    process of a job (Slurm, systemd) asks the reader to save: a worker that ended by it would end the reader first.
     """
     reader = multiprocessing.parent_process()
     assert reader is not None
-    sentinel = reader.sentinel
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads to come too
+    threading.Thread(target=_watch, args=(reader.sentinel,), daemon=True).start()
+    threading.Thread(target=_listen, args=(reader.pid,), daemon=True).start()
 
-    def watch() -> None:
-        wait([sentinel])
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def _watch(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _listen(reader: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != reader:
+        pass
+    os._exit(0)

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -181,6 +182,18 @@ def test_workers_end_with_a_run_that_was_killed(half_missing, method):
     while any(map(is_running, pids)) and time.monotonic() < end:
         time.sleep(0.1)
     assert [pid for pid in pids if is_running(pid)] == []
+
+
+def test_a_worker_ends_by_its_readers_sigterm_alone(streams):
+    """A job's end is told to every process: the reader still wants what it needs to save."""
+    loader = iter(step_loader(StepDataset(streams), 0, 1000, num_workers=1))
+    next(loader)
+    (worker,) = loader._workers
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+    assert [next(loader).step for _ in range(5)] == [1, 2, 3, 4, 5]
+    worker.terminate()
+    worker.join(timeout=20)
+    assert worker.exitcode == 0
 
 
 def test_a_tokenizer_is_asked_for(shared_corpus):

@@ -2,9 +2,11 @@
 
 import csv
 import gc
+import multiprocessing
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,23 @@ def test_sigterm_saves_and_the_next_run_goes_on(pretrain_config, monkeypatch):
     module.pretrain(cfg)
     assert [step for step, _ in finished_checkpoints(folder / "checkpoints")] == [3, 4, 5]
     assert steps(folder) == [1, 2, 3, 4, 5]
+
+
+def test_sigterm_to_loader_workers_too_still_saves(pretrain_config, monkeypatch):
+    """Slurm and systemd send it to every process there is; a worker that ended by it took the run along."""
+
+    class TerminateAll(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 2:
+                processes = [child.pid for child in multiprocessing.active_children()] + [os.getpid()]
+                assert len(processes) == 3
+                subprocess.run(["kill", "-TERM", *map(str, processes)], check=True)
+
+    cfg = pretrain_config(1, "trainer.max_steps=8", "data.num_workers=2")
+    with pytest.raises(SystemExit) as ended:
+        interrupted(monkeypatch, cfg, TerminateAll())
+    assert ended.value.code == 143
+    assert [step for step, _ in finished_checkpoints(Path(cfg.exp_manager.exp_dir) / cfg.name / "checkpoints")] == [3]
 
 
 def test_a_run_that_is_ended_early_is_saved_and_goes_on_exactly(pretrain_config, monkeypatch):
