@@ -128,6 +128,12 @@ def test_a_run_without_a_figure_gets_no_verdict():
     assert {verdict.colour for verdict in verdicts} == {None}
     assert all(verdict.note for verdict in verdicts)
     assert health.judge(run_of()).colour == "amber"  # nothing known is not healthy
+    assert health.judge(run_of()).summary == "nothing logged yet to judge"
+
+
+def test_a_run_of_one_step_is_not_called_healthy():
+    assert health.judge(run_of(train_loss=[3.0])).summary == "nothing wrong so far: too few losses to say more"
+    assert health.judge(run_of(train_loss=[3.0, 2.0, 1.0])).summary == "healthy"
 
 
 def test_a_collapsed_and_a_healthy_run(tmp_path):

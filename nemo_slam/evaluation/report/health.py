@@ -245,9 +245,12 @@ class Health:
     @property
     def summary(self) -> str:
         """The verdict in words, with what decides it."""
-        concerns = [c.concern for c, v in zip(CHECKS, self.verdicts, strict=True) if v.colour == self.colour]
+        found = dict(zip((check.apply for check in CHECKS), self.verdicts, strict=True))
+        concerns = [c.concern for c in CHECKS if found[c.apply].colour == self.colour]
+        if all(verdict.colour is None for verdict in self.verdicts):
+            return "nothing logged yet to judge"
         if self.colour == GREEN:
-            return "healthy"
+            return "healthy" if found[falling_loss].colour else "nothing wrong so far: too few losses to say more"
         return f"{'not healthy' if self.colour == RED else 'nothing broken, but look at'}: {'; '.join(concerns)}"
 
 
