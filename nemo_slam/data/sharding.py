@@ -47,6 +47,7 @@ from nemo_slam.data.shard_files import (
 logger = logging.getLogger(__name__)
 
 _SHUFFLE = 5  # of sampling's purposes, used by no stream
+_PROBED = 256
 CODECS = ("keep", "flac")
 
 
@@ -120,11 +121,14 @@ def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers
     missing = [s for s in range(settings.shards) if not _shard_is_done(out, s, identity)]
     if len(missing) < settings.shards:
         logger.info("%d of %d shards are there already", settings.shards - len(missing), settings.shards)
+    probes = rows.places[np.unique(np.linspace(0, len(rows.places) - 1, _PROBED).astype(np.int64))]
     # Fresh interpreters: nothing of this process, its lock included, lives on in a worker.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = [
-            pool.submit(make_shard, manifests, rows.places[cuts[s] : cuts[s + 1]], cuts[s], out, s, settings, identity)
+            pool.submit(
+                make_shard, manifests, rows.places[cuts[s] : cuts[s + 1]], cuts[s], out, s, settings, identity, probes
+            )
             for s in missing
         ]
         try:
@@ -186,14 +190,21 @@ def make_shard(
     shard: int,
     settings: ShardSettings,
     identity: str,
+    probes: np.ndarray,
 ) -> None:
     """One shard: tar, index, manifest, and last the record with their checksums.
 
     Args:
         places: *Shape:* (n, 4), of its rows.
         first: how many rows lie in the shards before, for the members' names.
+        probes: *Shape:* (m, 4), of rows from all over the corpus.
+
+    Raises:
+        DataError: rows cannot be read, and what could be read before cannot either: a file system that is gone must not
+            pass for so many bad rows, since a shard is made once.
     """
     files, bad, lines, offsets, seconds = Files(manifests), [], [], [], 0.0
+    good = None
     part = out / f"audio_{shard}.tar.part-{os.getpid()}"
     with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
         for position, (number, line, offset, size) in enumerate(places.tolist()):
@@ -203,6 +214,7 @@ def make_shard(
             except (RowError, AudioError, OSError) as error:
                 bad.append({"file": str(manifests[number]), "line": line, "reason": str(error)})
                 continue
+            good = position if good is None else good
             # No time, owner or mode of the source: the same bytes whenever and by whomever it is made.
             member = tarfile.TarInfo(name)
             member.size = len(blob)
@@ -213,6 +225,13 @@ def make_shard(
                 entry["source_audio_offset"] = entry.pop("offset")
             lines.append(json.dumps({**entry, "audio_filepath": name, "shard_id": shard}, ensure_ascii=False) + "\n")
             seconds += entry["duration"]
+    known = probes if good is None else places[good : good + 1]
+    if bad and not any(_readable_row(manifests, files, place, settings.codec) for place in known.tolist()):
+        part.unlink()
+        raise DataError(
+            f"shard {shard}: {len(bad)} of {len(places)} rows cannot be read, the first: {bad[0]['reason']}; nor can "
+            "others now. Is the audio where the manifest says, and its file system still there? The same command goes on"
+        )
     index = np.array([*offsets, part.stat().st_size], "<u8").tobytes()
     tar_path = out / f"audio_{shard}.tar"
     manifest_path = out / "sharded_manifests" / f"manifest_{shard}.json"
@@ -230,6 +249,15 @@ def make_shard(
         "files": describe_files(out, (tar_path, index_path, manifest_path)),
     }
     write_json(_record(out, shard), record)
+
+
+def _readable_row(manifests: Sequence[Path], files: Files, place: Sequence[int], codec: str) -> bool:
+    number, _, offset, size = place
+    try:
+        make_member(manifests[number], files.read(number, offset, size), 0, codec)
+    except (RowError, AudioError, OSError):
+        return False
+    return True
 
 
 def _record(out: Path, shard: int) -> Path:
@@ -275,7 +303,10 @@ def read_corpus(out: Path) -> dict[str, Any]:
     path = out / "shards.json"
     if not path.exists():
         raise DataError(f"{path} does not exist: the shards are not finished; the same command goes on")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): delete it, and the same command writes it anew") from None
 
 
 def verify(out: Path) -> list[str]:

@@ -20,6 +20,7 @@ import soundfile
 import torch
 from corpus_helpers import sentence, write_manifest
 
+from nemo_slam.data import sharding
 from nemo_slam.data.bad_rows import DataError
 from nemo_slam.data.config import SpeechConfig, TextConfig
 from nemo_slam.data.shard_files import damaged_beside
@@ -198,6 +199,9 @@ def test_verify_names_a_damaged_file(shards, tmp_path, name, damage):
         path.unlink()
     (problem,) = verify(out)
     assert problem.startswith(f"{path}: ")
+    (out / "shards.json").write_text("{")
+    with pytest.raises(DataError, match=r"shards\.json is damaged"):
+        verify(out)
 
 
 def test_the_script_verifies(shards, tmp_path):
@@ -239,6 +243,34 @@ def test_bad_rows_are_listed_and_the_others_kept(tmp_path):
     assert "not readable as audio" in reasons[2]
     assert "1.000 s long, the row ends at 3.000 s" in reasons[4]
     assert verify(tmp_path / "out") == []
+
+
+def test_audio_that_vanishes_on_the_way_is_no_bad_row(tmp_path, monkeypatch):
+    (tmp_path / "audio").mkdir()
+    for i in range(8):
+        soundfile.write(tmp_path / f"audio/{i}.wav", noise(0.5, i), 16000)
+    manifest = write_manifest(
+        tmp_path / "m.json", [{"audio_filepath": f"audio/{i}.wav", "duration": 0.5} for i in range(8)]
+    )
+    settings, out = ShardSettings(2, seed=None), tmp_path / "out"
+    real, calls = sharding.make_member, []
+
+    def make_member(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            (tmp_path / "audio").rename(tmp_path / "gone")
+        return real(*arguments)
+
+    (out / "sharded_manifests").mkdir(parents=True)
+    places = sharding._scan([manifest], settings).places
+    monkeypatch.setattr(sharding, "make_member", make_member)
+    with pytest.raises(DataError, match=r"shard 0: 2 of 4 rows cannot be read.*2\.wav.*still there"):
+        sharding.make_shard([manifest], places[:4], 0, out, 0, settings, "id", places)
+    assert not (out / ".records").exists()
+    with pytest.raises(DataError, match=r"4 of 4 rows cannot be read"):  # gone before its first row
+        make_shards([manifest], out, settings, workers=1)
+    (tmp_path / "gone").rename(tmp_path / "audio")
+    assert make_shards([manifest], out, settings, workers=1)["rows"] == 8
 
 
 def test_flac_for_all_is_the_same_sound(tmp_path):
