@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class FineTuneMetrics(RunMetrics):
         super().__init__(folder, every_n_steps)
         self._volume_name, self._unit = volume
         self._sums = torch.zeros(3, dtype=torch.float64)  # losses, micro-batches, lengths
+        self._not_finite: list[int] = []  # the steps of the last rows whose loss was none
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,6 +44,7 @@ class FineTuneMetrics(RunMetrics):
         self._since = time.perf_counter()
         total, batches, lengths = trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
         self._sums = torch.zeros_like(self._sums)
+        self._watch(trainer, total)
         encoder = {id(parameter) for parameter in pl_module.encoder.parameters()}
         groups = trainer.optimizers[0].param_groups
         rates = {"lr_encoder" if id(group["params"][0]) in encoder else "lr": group["lr"] for group in groups}
@@ -51,6 +54,19 @@ class FineTuneMetrics(RunMetrics):
             self._volume_name: lengths * self._unit / seconds,
             "seconds": seconds,
         }
+
+    def _watch(self, trainer: Trainer, total: float) -> None:
+        """Stops, on all ranks alike, once two rows in a row have no loss: weights that are NaN stay so, and each
+        checkpoint to come would take the place of a good one."""
+        self._not_finite = [] if math.isfinite(total) else [*self._not_finite, trainer.global_step]
+        if len(self._not_finite) == 2:
+            first = max(self._not_finite[0] - self.every_n_steps, 0)
+            raise RuntimeError(
+                f"step {trainer.global_step}: the training loss is {total} for the second row in a row. Remove the "
+                f"checkpoints in {self.file.path.parent / 'checkpoints'} of steps after {first}, and the same command "
+                "goes on from the one before. Lower model.optim.lr or lengthen its warm-up; use bf16-mixed, not "
+                "16-mixed; +trainer.detect_anomaly=true names the operation"
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

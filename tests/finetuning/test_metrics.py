@@ -18,14 +18,20 @@ class TwoRanks:
         return tensor + self.other
 
 
-def test_losses_and_speed_are_those_of_all_ranks(tmp_path):
+@pytest.fixture
+def model():
     model = torch.nn.ModuleDict({"encoder": torch.nn.Linear(1, 1), "decoder": torch.nn.Linear(1, 1)})
     model.encoder = model["encoder"]
+    return model
+
+
+@pytest.fixture
+def trainer(model):
     groups = [
         {"params": list(model["encoder"].parameters()), "lr": 0.1},
         {"params": [*model["decoder"].parameters()], "lr": 0.5},
     ]
-    trainer = SimpleNamespace(
+    return SimpleNamespace(
         strategy=TwoRanks(),
         optimizers=[SimpleNamespace(param_groups=groups)],
         accumulate_grad_batches=2,
@@ -34,6 +40,9 @@ def test_losses_and_speed_are_those_of_all_ranks(tmp_path):
         loggers=[],
         is_global_zero=True,
     )
+
+
+def test_losses_and_speed_are_those_of_all_ranks(model, trainer, tmp_path):
     metrics = FineTuneMetrics(tmp_path, 1, ("speech_per_second", 1 / 16000))
     metrics.on_train_start(trainer, model)
     trainer.global_step = 2
@@ -47,3 +56,17 @@ def test_losses_and_speed_are_those_of_all_ranks(tmp_path):
     assert float(values["lr"]) == 0.5
     seconds = float(values["seconds"])
     assert float(values["speech_per_second"]) == pytest.approx((3.0 + 3.0) / seconds, rel=1e-4)
+
+
+def test_a_loss_that_stays_nan_ends_the_run_while_good_checkpoints_are_left(model, trainer, tmp_path):
+    """One row may have none, and be forgotten; the second in a row is the end."""
+    metrics = FineTuneMetrics(tmp_path, 1, ("tokens_per_second", 1.0))
+    metrics.on_train_start(trainer, model)
+    trainer.accumulate_grad_batches = 1
+    nan = float("nan")
+    for step, loss in enumerate((1.0, nan, 1.0, float("inf")), 2):
+        trainer.global_step = step
+        metrics.on_train_batch_end(trainer, model, {"loss": torch.tensor(loss)}, (None, torch.tensor([5])), step)
+    trainer.global_step = 6
+    with pytest.raises(RuntimeError, match=r"step 6: the training loss is nan .*checkpoints of steps after 4, "):
+        metrics.on_train_batch_end(trainer, model, {"loss": torch.tensor(nan)}, (None, torch.tensor([5])), 6)
