@@ -230,7 +230,7 @@ def make_shard(
         part.unlink()
         raise DataError(
             f"shard {shard}: {len(bad)} of {len(places)} rows cannot be read, the first: {bad[0]['reason']}; nor can "
-            "others now. Is the audio where the manifest says, and its file system still there? The same command goes on"
+            "others now. Is the audio where the manifest says, its file system still there? The same command goes on"
         )
     index = np.array([*offsets, part.stat().st_size], "<u8").tobytes()
     tar_path = out / f"audio_{shard}.tar"

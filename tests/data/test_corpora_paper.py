@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
@@ -116,6 +117,30 @@ def test_libri_light(tmp_path):
     config = SpeechConfig([str(root / "manifests" / "train.json")], frames_per_step=10_000, min_duration=0.5)
     batch = SpeechStream(config, seed=0).batch(0, once=True)
     assert sorted(batch.audio_lengths.tolist()) == [12800, 35200, 48000, 48000, 48000]
+
+
+@pytest.mark.parametrize("corpus", ["libri_light", "covost2"])
+def test_audio_that_vanishes_on_the_way_is_not_left_out(tmp_path, covost, monkeypatch, corpus):
+    source, translations = covost
+    options = {"translations": translations, "pairs": ["en_de"]}
+    if corpus == "libri_light":
+        source, options = tmp_path / "librilight", {}
+        for name in ("01", "02", "03", "04"):
+            path = noise(source / "small" / "100" / "book" / f"{name}.flac", 2.0)
+            path.with_suffix(".json").write_text(json.dumps({"speaker": "100", "voice_activity": [[0.0, 2.0]]}))
+    real, calls = soundfile.info, []
+
+    def info(path):
+        calls.append(path)
+        if len(calls) == 3:
+            source.rename(tmp_path / "gone")
+        return real(path)
+
+    monkeypatch.setattr(soundfile, "info", info)
+    monkeypatch.setattr(parts, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+    with pytest.raises(CorpusError, match="is gone, and was there before"):
+        prepare(corpus, tmp_path / "out", source=source, **options)
+    assert not (tmp_path / "out" / "corpus.json").exists()
 
 
 def test_windows_join_neighbours_and_cut_what_is_longer():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nemo_slam.data.corpora.files import CorpusError
 from nemo_slam.data.corpora.layout import Row, prepare_once
-from nemo_slam.data.corpora.parts import in_threads, need_folder, write_parts
+from nemo_slam.data.corpora.parts import in_threads, need_folder, need_still, write_parts
 
 VERSION = 1
 PAPER = ("en_de", "en_ca", "en_ar", "en_tr")
@@ -89,12 +89,14 @@ def _rows(source: Path, folder: Path, pair: str, left_out: Counter[str]) -> Iter
         except (soundfile.SoundFileError, OSError):
             return None
 
+    good = None
     for row, duration in zip(sentences, in_threads(seconds, sentences), strict=True):
         split, translation = translated[row["path"]]
         text, translation = row["sentence"].strip(' "'), translation.strip(' "')
         if duration is None or not text or not translation:
             left_out[f"{pair}: " + ("no readable audio" if duration is None else "no text")] += 1
             continue
+        good = good or voices / "clips" / row["path"]
         yield (
             (f"{pair}_{split}",),
             {
@@ -107,3 +109,5 @@ def _rows(source: Path, folder: Path, pair: str, left_out: Counter[str]) -> Iter
                 "speaker": row["client_id"],
             },
         )
+    if left_out[f"{pair}: no readable audio"]:
+        need_still(good)

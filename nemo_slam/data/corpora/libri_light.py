@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nemo_slam.data.corpora.files import CorpusError
 from nemo_slam.data.corpora.layout import Row, prepare_once
-from nemo_slam.data.corpora.parts import in_threads, need_folder, write_parts
+from nemo_slam.data.corpora.parts import in_threads, need_folder, need_still, write_parts
 
 VERSION = 1
 PARTS = ("small", "medium", "large")
@@ -71,16 +71,20 @@ def _rows(
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             return path, error
 
+    good = None
     for part in present:
         for path, found in in_threads(read, sorted((source / part).rglob("*.flac"))):
             if isinstance(found, Exception):
                 left_out[f"recording or its JSON cannot be read ({type(found).__name__})"] += 1
                 continue
+            good = good or path
             speaker, stretches = found
             name = str(path.relative_to(source).with_suffix(""))
             for start, end in windows(stretches, seconds):
                 row = {"audio_filepath": str(path.resolve()), "offset": start, "duration": end - start, "lang": "en"}
                 yield ("train", part), {**row, "speaker": speaker, "id": name}
+    if left_out:
+        need_still(good)
 
 
 def windows(stretches: Sequence[tuple[float, float]], seconds: float) -> Iterator[tuple[float, float]]:

@@ -98,6 +98,12 @@ def held_out(key: str, share: float) -> bool:
     return hash_fraction(key) < share
 
 
+def need_still(path: Path | None) -> None:
+    """Raises CorpusError where a file that could be read before is gone: those that could not be read may be well."""
+    if path is not None and not path.is_file():
+        raise CorpusError(f"{path} is gone, and was there before: prepare again when its file system is back")
+
+
 def need_folder(source: Path, what: str) -> None:
     """Raises CorpusError where there is no folder."""
     if not source.is_dir():
