@@ -6,8 +6,11 @@ import json
 import multiprocessing
 
 import pytest
+from corpus_helpers import write_manifest, write_tone
 
-from nemo_slam.data.bad_rows import BadRow, BadRowError, BadRows, DataError
+from nemo_slam.data.bad_rows import BadRow, BadRowError, BadRows, DataError, EmptyStreamError
+from nemo_slam.data.config import SpeechConfig
+from nemo_slam.data.speech import SpeechStream
 
 
 def listed(path) -> list[dict]:
@@ -89,3 +92,17 @@ def test_many_bad_rows_do_not_flood_the_log(tmp_path, caplog):
     assert len(caplog.records) == 21
     assert "980 more" in caplog.text
     assert len(listed(tmp_path / "bad_rows.jsonl")) == 1000
+
+
+def test_audio_that_vanishes_altogether_ends_the_run(tmp_path):
+    """It must not go on with empty batches, to the end of the schedule."""
+    for i in range(6):
+        write_tone(tmp_path / "audio" / f"{i}.wav", 1.0)
+    rows = [{"audio_filepath": f"audio/{i}.wav", "duration": 1} for i in range(6)]
+    stream = SpeechStream(SpeechConfig([str(write_manifest(tmp_path / "m.json", rows))], 200), seed=0)
+    assert len(stream.batch(0)) == 2
+    (tmp_path / "audio").rename(tmp_path / "elsewhere")
+    with pytest.raises(EmptyStreamError, match=r"every row tried is bad \(all 6 rows\).*file system is still there"):
+        stream.batch(1)
+    (tmp_path / "elsewhere").rename(tmp_path / "audio")
+    assert len(stream.batch(1)) == 2

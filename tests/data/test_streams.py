@@ -195,20 +195,6 @@ def test_one_good_row_keeps_a_stream_alive(tmp_path):
     assert {tuple(b.audio.shape) for b in batches} == {(0, 0), (1, 16_000)}
 
 
-def test_audio_that_vanishes_altogether_ends_the_run(tmp_path):
-    """It must not go on with empty batches, to the end of the schedule."""
-    for i in range(6):
-        write_tone(tmp_path / "audio" / f"{i}.wav", 1.0)
-    rows = [{"audio_filepath": f"audio/{i}.wav", "duration": 1} for i in range(6)]
-    stream = SpeechStream(SpeechConfig([str(write_manifest(tmp_path / "m.json", rows))], 200), seed=0)
-    assert len(stream.batch(0)) == 2
-    (tmp_path / "audio").rename(tmp_path / "elsewhere")
-    with pytest.raises(EmptyStreamError, match=r"every row tried is bad \(all 6 rows\).*file system is still there"):
-        stream.batch(1)
-    (tmp_path / "elsewhere").rename(tmp_path / "audio")
-    assert len(stream.batch(1)) == 2
-
-
 def test_empty_stream_says_what_was_filtered(shared_corpus):
     with pytest.raises(EmptyStreamError, match=r"'speech' is empty.*filtered: 40 longer than 0\.2 s; bad: 0"):
         SpeechStream(
