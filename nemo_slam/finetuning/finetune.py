@@ -125,11 +125,11 @@ def finetune(cfg: DictConfig) -> Path:
     resolved.model = {**resolved.model, **node}
     table = start_up_table(trainer, model, resolved, task, streams)  # what cannot be had is an error on every rank
     if trainer.is_global_zero:
-        OmegaConf.save(resolved, run_folder / "config.yaml")
         logging.info(table)
 
     validation = streams["validation"]
-    fit(cfg, trainer, model, data, {"train": train}, {} if validation is None else {"validation": validation}, resume)
+    validated = {} if validation is None else {"validation": validation}
+    fit(cfg, trainer, model, data, {"train": train}, validated, resume, resolved)
     if trainer.global_step >= trainer.max_steps or any(callback.stopped for callback in stopping):
         for callback in stopping:
             best = callback.restore_best(model)

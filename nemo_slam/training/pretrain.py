@@ -35,7 +35,7 @@ from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.lost_ranks import LostRanks
 from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, refuse_strangers, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
-from nemo_slam.training.run_folder import RunMetrics
+from nemo_slam.training.run_folder import RunMetrics, SavedConfig
 from nemo_slam.training.settings import ConfiguredSettings
 
 MINIMUM_INITIALISED = 0.5
@@ -156,14 +156,6 @@ def _say_demonstration(cfg: DictConfig, trainer: Trainer) -> None:
     logging.warning("=" * 100)
 
 
-def _save_config(cfg: DictConfig, run_folder: Path) -> None:
-    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    part = run_folder / "config.yaml.part"
-    with disk_advice(run_folder):
-        OmegaConf.save(resolved, part)
-    os.replace(part, run_folder / "config.yaml")  # the one before stays whole where there is no room
-
-
 def save_nemo(model: Any, path: Path) -> None:
     """Write a ``.nemo`` under another name, then rename it: a kill leaves no half archive.
 
@@ -232,10 +224,9 @@ def pretrain(cfg: DictConfig) -> Path:
         logging.info(str(load_weights(model, read_weights(cfg.init_from), cfg.init_from, MINIMUM_INITIALISED)))
         check_same_tokenizer(Path(cfg.init_from), model.tokenizer_model)
     if trainer.is_global_zero:
-        _save_config(cfg, run_folder)
         logging.info(start_up_table(trainer, model, numbers, train))
 
-    fit(cfg, trainer, model, data, train, validation, resume)
+    fit(cfg, trainer, model, data, train, validation, resume, cfg)
     if trainer.global_step >= trainer.max_steps:
         save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
@@ -256,12 +247,14 @@ def fit(
     train: dict[str, Stream],
     validation: dict[str, Stream],
     resume: tuple[int, Path] | None,
+    saved: DictConfig,
 ) -> None:
     """Train, on ranks that were started alike, and explain what went wrong with memory or with a rank.
 
     Args:
         train, validation: open streams by name.
         resume: step and path of the checkpoint to go on from.
+        saved: what ``config.yaml`` is to hold.
     """
     validated = {f"validation {name}": stream.index.meta["digest"] for name, stream in validation.items()}
     # A rank that does not see the others' checkpoints would start from the beginning: nodes without a shared folder.
@@ -269,7 +262,9 @@ def fit(
     trainer.callbacks.insert(0, Agreement(facts(cfg, {**data_identity(cfg, train), **validated, **found})))
     lost_ranks = LostRanks(parse(ParallelConfig, cfg.parallel, "parallel").lost_after_seconds)
     trainer.callbacks.insert(0, lost_ranks)
-    with memory_advice(cfg), disk_advice(Path(cfg.exp_manager.exp_dir) / cfg.name), lost_ranks:
+    run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
+    trainer.callbacks.append(SavedConfig(saved, run_folder))
+    with memory_advice(cfg), disk_advice(run_folder), lost_ranks:
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
     exit_if_terminated(trainer)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_slam.training.environment import write_environment
 
@@ -64,6 +65,20 @@ def _is_before(row: dict[str, str], step: int) -> bool:
     if not row["step"].isdigit():
         return False
     return int(row["step"]) < step or (int(row["step"]) == step and bool(row.get("loss")))
+
+
+class SavedConfig(Callback):
+    """Writes ``config.yaml``, resolved, once a run goes on: a start that is refused leaves the one before."""
+
+    def __init__(self, cfg: DictConfig, folder: Path):
+        self.cfg, self.folder = cfg, folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        part = self.folder / "config.yaml.part"
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(self.cfg, resolve=True)), part)
+        os.replace(part, self.folder / "config.yaml")  # the one before stays whole where there is no room
 
 
 class RunMetrics(Callback):

@@ -347,9 +347,12 @@ def test_a_lower_rate_counts_from_the_resume_on(pretrain_config, monkeypatch):
 
 
 def test_other_data_are_not_a_resume(pretrain_config):
-    module.pretrain(pretrain_config(1, "trainer.max_steps=4"))
+    """And what is refused changes nothing: config.yaml is still that of the run."""
+    folder = module.pretrain(pretrain_config(1, "trainer.max_steps=4"))
+    config = (folder / "config.yaml").read_text()
     with pytest.raises(ValueError, match=r"other data: stream speech changed.*init_from"):
         module.pretrain(pretrain_config(1, "trainer.max_steps=8", "data.train_ds.speech.frames_per_step=500"))
+    assert (folder / "config.yaml").read_text() == config
 
 
 def test_a_checkpoint_is_as_good_a_start_as_a_nemo(pretrain_config, monkeypatch):
