@@ -86,7 +86,8 @@ def read_pretrained(path: str | Path, kind: str = "speech") -> Pretrained:
 
 def encoder_weights(weights: Mapping[str, Tensor], kind: str = "speech") -> dict[str, Tensor]:
     """The encoder's tensors among a model's, under the names that it gives them itself."""
-    prefixes = tuple(f"{part}." for part in PARTS[kind])
+    # An encoder that was fine-tuned on pairs of texts has a separator, which the next task on pairs goes on with.
+    prefixes = (*(f"{part}." for part in PARTS[kind]), *(("separator",) if kind == "text" else ()))
     names = {name: name.removeprefix("encoder.") for name in weights}
     return {short: weights[name] for name, short in names.items() if short.startswith(prefixes)}
 

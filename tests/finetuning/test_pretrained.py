@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from nemo_slam.archive import read_config
-from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_pretrained
+from nemo_slam.finetuning.pretrained import encoder_node, encoder_weights, initialise_encoder, read_pretrained
 from nemo_slam.models.encoder import SLAMEncoder
 from nemo_slam.models.pretraining import SLAMPretrainingModel
 
@@ -65,6 +65,16 @@ def test_the_last_layers_may_keep_their_random_weights(model_config, tmp_path):
         assert torch.equal(tensor, (before if name.startswith(last) else pretrained.weights)[name]), name
     with pytest.raises(ValueError, match=r"must be 0 to 2, the multimodal layers: 3"):
         initialise_encoder(encoder, pretrained, 1.0, reinit_last_layers=3)
+
+
+def test_an_encoder_fine_tuned_on_pairs_of_texts_hands_on_its_separator():
+    from nemo_slam.finetuning.text_encoder import SLAMTextEncoder
+
+    conformer = {"d_model": 16, "d_ff": 32, "n_heads": 2, "conv_norm_groups": 4}
+    node = {"conformer": conformer, "text_encoder": {"vocab_size": 8}, "multimodal_encoder": {"num_layers": 1}}
+    own = SLAMTextEncoder(**node, texts=2).state_dict()
+    weights = {**{f"encoder.{name}": tensor for name, tensor in own.items()}, "head.1.bias": torch.zeros(3)}
+    assert encoder_weights(weights, "text").keys() == own.keys()
 
 
 def test_too_little_loaded_stops_and_says_what_fits(pretrained_nemo):
