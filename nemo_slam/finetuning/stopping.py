@@ -11,6 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 
+from nemo_slam.training.checkpoints import StreamedCheckpointIO, fsync
+
 MODES = ("min", "max")
 
 
@@ -59,7 +61,9 @@ class EarlyStopping(Callback):
             if trainer.is_global_zero:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 part = self.path.with_suffix(".pt.part")
-                torch.save({"step": self.best_step, "weights": pl_module.state_dict()}, part)
+                best = {"step": self.best_step, "weights": pl_module.state_dict()}
+                StreamedCheckpointIO().save_checkpoint(best, part)  # names the file and the room, where a disk is full
+                fsync(part)
                 os.replace(part, self.path)
             return
         self.waited += 1

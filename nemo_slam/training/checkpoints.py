@@ -31,7 +31,8 @@ def finished_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have the disk hold what was written."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -232,9 +233,9 @@ class StepCheckpoint(Callback):
         part = final.with_suffix(".ckpt.part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            _fsync(part)
+            fsync(part)
             os.replace(part, final)
-            _fsync(self.folder)
+            fsync(self.folder)
             self._drop_old()
         self._saved_at = step
 

@@ -44,6 +44,15 @@ def test_a_figure_that_is_never_a_number_leaves_the_last_weights(tmp_path, modul
     assert module.bias.item() == 2
 
 
+def test_a_full_disk_is_named(tmp_path, module, monkeypatch):
+    def full(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"best\.pt\.part, .* MiB are left on its disk"):
+        validate(EarlyStopping(tmp_path, 2, "val_wer", "min"), [1.0], module)
+
+
 def test_other_ranks_wait_until_the_best_weights_are_written(tmp_path, module):
     """Rank 0 writes them after the last validation, while the others are out of the training loop already."""
     callback = EarlyStopping(tmp_path, 2, "val_wer", "min")
