@@ -61,7 +61,8 @@ def processes(trainer: Mapping[str, Any]) -> int:
         on_gpu = trainer["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         count = torch.cuda.device_count() if on_gpu else 1
     else:
-        count = int(devices) if isinstance(devices, (int, str)) else len(devices)
+        listed = devices.strip(",").split(",") if isinstance(devices, str) and "," in devices else devices
+        count = int(listed) if isinstance(listed, (int, str)) else len(listed)
     return count * int(trainer["num_nodes"])
 
 

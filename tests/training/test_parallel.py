@@ -166,7 +166,13 @@ def test_flattened():
 
 @pytest.mark.parametrize(
     ("trainer", "count"),
-    [({"devices": 4, "num_nodes": 2}, 8), ({"devices": [0, 3], "num_nodes": 1}, 2), ({"devices": "3"}, 3)],
+    [
+        ({"devices": 4, "num_nodes": 2}, 8),
+        ({"devices": [0, 3], "num_nodes": 1}, 2),
+        ({"devices": "3"}, 3),
+        ({"devices": "0,3"}, 2),  # as Lightning reads it
+        ({"devices": "3,"}, 1),
+    ],
 )
 def test_processes(trainer, count):
     assert processes({"num_nodes": 1, "accelerator": "cpu", **trainer}) == count
