@@ -27,6 +27,7 @@ from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.training.checkpoints import checkpoint_callback, finished_checkpoints
 from nemo_slam.training.precision import check_run
 from nemo_slam.training.pretrain import data_identity, fit, make_trainer, save_nemo
+from nemo_slam.training.run_folder import make_run_folder
 
 MINIMUM_INITIALISED = 0.95
 """Share of the encoder's parameters that ``init_from`` must fill."""
@@ -83,8 +84,7 @@ def finetune(cfg: DictConfig) -> Path:
     if cfg.reinit_last_layers and cfg.init_from is None:
         raise ConfigError("reinit_last_layers goes with init_from: without it every layer is random")
     seed_everything(cfg.seed, verbose=False)
-    run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
-    run_folder.mkdir(parents=True, exist_ok=True)
+    run_folder = make_run_folder(cfg)
     make_task = TEXT_TASKS.get(cfg.model.target, SpeechTask)
     kind = "speech" if make_task is SpeechTask else "text"
     pretrained = None if cfg.init_from is None else read_pretrained(cfg.init_from, kind)

@@ -35,7 +35,7 @@ from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.lost_ranks import LostRanks
 from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, refuse_strangers, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
-from nemo_slam.training.run_folder import RunMetrics, SavedConfig
+from nemo_slam.training.run_folder import RunMetrics, SavedConfig, make_run_folder
 from nemo_slam.training.settings import ConfiguredSettings
 
 MINIMUM_INITIALISED = 0.5
@@ -176,13 +176,7 @@ def pretrain(cfg: DictConfig) -> Path:
     """Run (or resume) pre-training and return the run folder."""
     started = time.perf_counter()
     seed_everything(cfg.seed, verbose=False)
-    run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
-    try:
-        run_folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(
-            f"the run folder {run_folder} cannot be made ({error.strerror}): name another with exp_manager.exp_dir"
-        ) from error
+    run_folder = make_run_folder(cfg)
     others: list[Callback] = [] if cfg.guard is None else [StepGuard(run_folder, **cfg.guard)]
     if cfg.probes:
         others.append(Probes())

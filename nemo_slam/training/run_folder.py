@@ -19,6 +19,22 @@ from nemo_slam.training.environment import write_environment
 FRAME_SECONDS = 0.01
 
 
+def make_run_folder(cfg: DictConfig) -> Path:
+    """``exp_manager.exp_dir``/``name``, made if need be.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    folder = Path(cfg.exp_manager.exp_dir) / cfg.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the run folder {folder} cannot be made ({error.strerror}): name another with exp_manager.exp_dir"
+        ) from error
+    return folder
+
+
 class MetricsFile:
     """A CSV file with ``step`` first that survives kills and resumes: rows are appended, columns may be added later."""
 

@@ -252,10 +252,11 @@ def test_bad_audio_is_left_out_and_listed(corpus, tmp_path):
         ("model.tokenizer.dir={}/none", r"holds no tokenizer\.model; train a tokenizer with scripts"),
         ("data.train_ds.text_key=summary", "has a string 'summary'"),
         ("init_from={}/none.nemo", r"init_from: .*none\.nemo does not exist"),
+        ("exp_manager.exp_dir={}/manifest.json/runs", r"json/runs/asr_ctc cannot be made \(.*exp_manager\.exp_dir"),
     ],
 )
 def test_what_cannot_work_says_so_at_once(corpus, tmp_path, override, message):
-    with pytest.raises((FileNotFoundError, EmptyStreamError), match=message):
+    with pytest.raises((OSError, EmptyStreamError), match=message):
         finetune(scratch(corpus, tmp_path, override.format(corpus.parent)))
 
 
@@ -339,6 +340,7 @@ def test_a_resume_with_other_data_is_refused(straight, corpus, tmp_path):
         (tmp_path / "asr_ctc" / "checkpoints" / checkpoint.name).symlink_to(checkpoint)
     with pytest.raises(ValueError, match=r"checkpoints of a run with other data: stream train"):
         finetune(config(other, tmp_path, *straight[1], f"model.tokenizer.dir={straight[0]}/tokenizer"))
+    assert not (tmp_path / "asr_ctc" / "config.yaml").exists()  # what is refused does not describe the run
 
 
 def test_the_start_up_table_says_what_auto_picked(corpus, tmp_path, caplog):
