@@ -46,7 +46,8 @@ class EarlyStopping(Callback):
         self.best, self.best_step, self.waited = (state_dict[key] for key in ("best", "best_step", "waited"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = self.stopped  # a run that has stopped is not resumed
+        if self.stopped:  # a run that has stopped is not resumed; what else stops it, trainer.max_time, does so still
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

@@ -44,6 +44,16 @@ def test_a_figure_that_is_never_a_number_leaves_the_last_weights(tmp_path, modul
     assert module.bias.item() == 2
 
 
+@pytest.mark.parametrize(("waited", "before"), [(0, False), (0, True), (2, False)])
+def test_a_run_that_something_else_has_stopped_stays_so(tmp_path, module, waited, before):
+    """As by trainer.max_time, which counts over all starts of a run."""
+    callback = EarlyStopping(tmp_path, 2, "val_wer", "min")
+    callback.load_state_dict({"best": 1.0, "best_step": 7, "waited": waited})
+    trainer = SimpleNamespace(should_stop=before)
+    callback.on_train_start(trainer, module)
+    assert trainer.should_stop == (before or waited == 2)
+
+
 def test_a_full_disk_is_named(tmp_path, module, monkeypatch):
     def full(content, path):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
