@@ -31,7 +31,7 @@ from nemo_slam.data.remote import Source
 
 logger = logging.getLogger(__name__)
 
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 CHECKED_BYTES = 1 << 28
 """Files up to this size are read whole when an index is opened, to see whether they are damaged: 0.3 s each at most.
 
@@ -54,7 +54,8 @@ class Index:
 
     Attributes:
         folder: where it lies. DataError if what lies there is damaged.
-        meta: `rows`, `filtered` (reason -> count), `bad` (count), `digest` (of the content) and what the stream adds.
+        meta: `rows`, `filtered` (reason -> count), `bad` (count), `digest` (of the content, tokens included) and what
+            the stream adds.
         length: (n,) int32, in the unit of the stream's budget.
     """
 
@@ -143,12 +144,16 @@ class IndexBuilder:
     def finish(self) -> None:
         """Writes what remains, then `meta.json`."""
         self._flush()
+        added = sorted(self.arrays)  # the stream's own, its tokens among them
         for name, file in self._files.items():
             file.close()
             self.arrays[name] = (np.dtype(self.columns[name]).str, self.rows)
         self._bad_file.close()
         self.add_array("shard_offsets", np.cumsum([0, *self._shard_rows], dtype=np.int64))
         self.add_array("shard_lengths", np.array(self._shard_lengths, np.int64))
+        files = {name: file_digest(self.folder / name) for name in [*(f"{a}.bin" for a in self.arrays), _BAD_FILE]}
+        for name in added:  # lengths and lines alone would be those of another text too
+            self._digest.update(files[f"{name}.bin"][1].encode())
         meta = {
             "version": INDEX_VERSION,
             "rows": self.rows,
@@ -157,9 +162,7 @@ class IndexBuilder:
             "filtered": dict(self.filtered),
             "digest": self._digest.hexdigest(),
             "arrays": self.arrays,
-            "files": {
-                name: file_digest(self.folder / name) for name in [*(f"{a}.bin" for a in self.arrays), _BAD_FILE]
-            },
+            "files": files,
             **self.meta,
         }
         write_meta(self.folder / META_FILE, meta)

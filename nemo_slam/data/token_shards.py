@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nemo_slam.data.bad_rows import BadRow
 from nemo_slam.data.config import TextConfig
-from nemo_slam.data.index import Index, IndexBuilder
+from nemo_slam.data.index import INDEX_VERSION, Index, IndexBuilder
 from nemo_slam.data.manifest import expand_paths
 from nemo_slam.data.shard_files import CHECKSUMS, describe_files, digest_of, write_json
 from nemo_slam.data.text import COLUMNS, open_text_index, scan_text
@@ -55,7 +55,9 @@ def make_token_files(
     def scan(builder: IndexBuilder) -> None:
         pieces = [piece for number, path in enumerate(sources) for piece in cut(number, path, piece_bytes)]
         files = [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in sources]
-        folder = work / digest_of([files, piece_bytes, model.digest, config.min_tokens, config.max_tokens])
+        folder = work / digest_of(
+            [INDEX_VERSION, files, piece_bytes, model.digest, config.min_tokens, config.max_tokens]
+        )
         folder.mkdir(parents=True, exist_ok=True)
         results = [folder / f"{number:06d}" for number in range(len(pieces))]
         missing = [number for number, path in enumerate(results) if not path.exists()]

@@ -46,6 +46,14 @@ def test_every_utterance_once_an_epoch_with_its_own_text(corpus, tones_tokenizer
     assert sorted(seen) == sorted(texts)
 
 
+def test_other_texts_of_the_same_lengths_are_other_data(corpus, tones_tokenizer, tmp_path):
+    """What a resume compares. The translations are the texts' words, reversed."""
+    first, other = (open_stream(corpus, tones_tokenizer, tmp_path, text_key=key) for key in ("text", "translation"))
+    assert first.index.tokens_length.tolist() == other.index.tokens_length.tolist()
+    assert everything(first) != everything(other)
+    assert first.index.meta["digest"] != other.index.meta["digest"]
+
+
 def test_a_missing_key_says_so(corpus, tones_tokenizer, tmp_path):
     bad_rows = BadRows(tmp_path / "bad.jsonl")
     with pytest.raises(EmptyStreamError, match="no row is left"):
