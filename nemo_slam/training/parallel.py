@@ -75,12 +75,18 @@ def refuse_strangers(trainer: Trainer) -> None:
     Raises:
         ConfigError: there are several, and this is a trainer of one.
     """
-    started = int(os.environ.get("WORLD_SIZE" if "TORCHELASTIC_RUN_ID" in os.environ else "SLURM_STEP_NUM_TASKS", 1))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        started = int(os.environ.get("WORLD_SIZE", 1))
+    elif "SLURM_PTY_PORT" in os.environ:  # the shell of `srun --pty -n 8 bash` is one of eight, and the others end
+        return
+    else:
+        started = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
     if started > 1 and trainer.world_size == 1:
         raise ConfigError(
-            f"torchrun or srun has started {started} processes, and each would be a run of its own in the same folder: "
-            "set trainer.devices to the number of processes on a machine, trainer.num_nodes to that of machines, and "
-            "let each process see all GPUs of its machine"
+            f"torchrun or srun has started {started} processes, and each would be a run of its own: set "
+            "trainer.devices to the number of processes on a machine, trainer.num_nodes to that of machines, and let "
+            "each process see all GPUs of its machine. Where srun is to start several runs, each with a name of its "
+            "own: env -u SLURM_STEP_NUM_TASKS python ..."
         )
 
 

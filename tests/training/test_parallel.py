@@ -1,6 +1,7 @@
 """Whole runs of two processes: they train as one does, under each strategy, and refuse to start unlike."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 
 from nemo_slam.config import ConfigError, flattened, parse
 from nemo_slam.training.agreement import MOST, differences
-from nemo_slam.training.parallel import ParallelConfig, make_strategy, processes
+from nemo_slam.training.parallel import ParallelConfig, make_strategy, processes, refuse_strangers
 
 STEPS = 4
 
@@ -139,6 +140,19 @@ def test_processes_that_do_not_know_of_each_other_do_not_start(pretrain_config, 
     with pytest.raises(ConfigError, match=r"started 8 processes, .*set trainer\.devices"):
         pretrain(pretrain_config(1, "name=strangers", "trainer.accelerator=cpu"))
     assert not list((tmp_path / "strangers").iterdir())
+
+
+def test_one_process_in_a_shell_of_slurm_is_no_stranger(monkeypatch):
+    """salloc, as with a shell on the node, leaves the job's numbers there; srun --pty also the step's."""
+    alone = SimpleNamespace(world_size=1)
+    for name, value in {"SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refuse_strangers(alone)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ConfigError, match=r"env -u SLURM_STEP_NUM_TASKS"):
+        refuse_strangers(alone)
+    monkeypatch.setenv("SLURM_PTY_PORT", "34889")
+    refuse_strangers(alone)
 
 
 # ---- without processes ---------------------------------------------------------------------------
