@@ -150,6 +150,7 @@ def _end_with_the_reader(worker: int) -> None:
     torch's own watch is for the worker's parent process. Under the forkserver, Python 3.14's default, that is another
     one, which lives as long as the workers do: after a SIGKILL all of them would stay for good. And a SIGTERM to every
     process of a job (Slurm, systemd) asks the reader to save: a worker that ended by it would end the reader first.
+    (Only forked ones are safe from it: elsewhere imports have made threads before, which take it.)
     """
     reader = multiprocessing.parent_process()
     assert reader is not None
