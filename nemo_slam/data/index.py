@@ -27,6 +27,7 @@ from filelock import FileLock
 from nemo_slam.data.bad_rows import BadRow, DataError
 from nemo_slam.data.index_folder import cache_folders, fingerprint, first_writable, short_hash
 from nemo_slam.data.index_meta import META_FILE, check_files, file_digest, flush, read_meta, write_meta
+from nemo_slam.data.locks import acquire
 from nemo_slam.data.remote import Source
 
 logger = logging.getLogger(__name__)
@@ -224,7 +225,8 @@ def open_index(
         if index is not None:
             return index
     cache = first_writable(caches)
-    with FileLock(cache / f"{prefix}-{os.getuid()}.lock"):  # a user's own: another's could not be opened
+    lock = FileLock(cache / f"{prefix}-{os.getuid()}.lock")  # a user's own: another's could not be opened
+    with acquire(lock, f"builds the index {cache / name}"):
         index = _try_open(cache / name)  # another process may have built it while this one waited
         if index is None:
             _build(cache / name, prefix, columns, scan, kind)

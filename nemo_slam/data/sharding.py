@@ -96,7 +96,7 @@ def make_shards(manifests: Sequence[Path], out: Path, settings: ShardSettings, w
         with FileLock(out / ".lock", timeout=0):
             return _make(manifests, out, settings, workers)
     except Timeout:
-        raise DataError(f"{out}: another process is making shards there") from None
+        raise DataError(f"{out}: another process is making shards there; it holds {out / '.lock'}") from None
 
 
 def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers: int) -> dict[str, Any]:

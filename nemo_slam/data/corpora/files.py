@@ -76,10 +76,12 @@ def locked(folder: Path, name: str) -> Iterator[None]:
     """
     from filelock import FileLock
 
+    from nemo_slam.data.locks import acquire
+
     lock = FileLock(folder / f".{name}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        acquire(lock, f"prepares {folder}")
         # A client of NFS may take what the holder before has just made for absent, for a minute, until it sees the
         # folder change; its own file is such a change.
         with tempfile.NamedTemporaryFile(prefix=_TEMPORARY, dir=folder):
