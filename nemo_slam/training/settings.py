@@ -8,8 +8,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from nemo.utils import logging
 
-GROUP_PROGRESS = ("params", "step")
-"""What of a parameter group is no setting; apex counts steps in a group. Nor is ``lr``, where a schedule sets it."""
+GROUP_PROGRESS = ("params", "step", "fused", "foreach", "capturable")
+"""What of a parameter group is no setting; apex counts steps in a group. Nor is ``lr``, where a schedule sets it.
+
+How torch computes, the last three, is where the restored state lies: another choice would not find it there.
+"""
 SCHEDULE_PROGRESS = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step", "_is_initial")
 
 
