@@ -39,8 +39,9 @@ def fingerprint(source: Source) -> list:
 
 def cache_folders(beside: Path) -> list[Path]:
     """Where indexes may lie, best first: beside the sources, in the user's cache, in a temporary folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nemo_slam"
-    return [beside / CACHE_FOLDER, user, Path(tempfile.gettempdir()) / f"nemo_slam_{os.getuid()}"]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    of_user = [user / "nemo_slam"] if str(user)[0] != "~" else []  # a container's user may have no home
+    return [beside / CACHE_FOLDER, *of_user, Path(tempfile.gettempdir()) / f"nemo_slam_{os.getuid()}"]
 
 
 def first_writable(folders: Sequence[Path]) -> Path:

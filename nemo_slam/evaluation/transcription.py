@@ -76,7 +76,7 @@ def _manifest_items(manifest: Path) -> Iterator[Item]:
         where = f"{manifest}:{number}"
         try:
             row = parse_json(raw)
-            named = Path(string_value(row, "audio_filepath")).expanduser()
+            named = os.path.expanduser(string_value(row, "audio_filepath"))  # Path's own fails at an unknown ~user
             path = Path(os.path.normpath(manifest.parent / named))
             offset = offset_of(row)
             duration = None if row.get("duration") is None else duration_of(row)

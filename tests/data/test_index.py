@@ -264,6 +264,21 @@ def test_unwritable_folder_falls_back_to_the_users_cache_and_says_so(source, tmp
     assert "cannot write" in caplog.text
 
 
+def test_a_user_without_a_home_has_no_cache_there(source, tmp_path, monkeypatch):
+    """As in a container that runs under any user's number."""
+    import pwd
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    assert open_numbers([source]).folder.parent == source.parent / ".nemo_slam_index"
+    assert index_folder.cache_folders(tmp_path)[1:] == [tmp_path / "temporary" / f"nemo_slam_{os.getuid()}"]
+
+
 def test_a_readable_index_is_used_where_nothing_can_be_written(source, tmp_path, monkeypatch):
     folder = open_numbers([source]).folder
     monkeypatch.setattr(index_folder, "_why_not_writable", lambda folder: "Read-only file system")

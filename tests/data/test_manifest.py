@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from nemo_slam.data.bad_rows import DataError
-from nemo_slam.data.manifest import Files, Row, RowError, expand_paths, parse_row, scan_lines
+from nemo_slam.data.manifest import Files, Row, RowError, audio_path, expand_paths, parse_row, scan_lines
 
 GOOD = {"audio_filepath": "a.wav", "duration": 1.5, "text": " hello ", "offset": 2, "lang": "en", "translation": "x"}
 
@@ -57,6 +57,11 @@ def test_bad_rows_and_their_reasons(raw, reason):
     with pytest.raises(RowError) as error:
         parse_row(raw, need_text=True)
     assert str(error.value).startswith(reason)
+
+
+def test_a_home_that_nobody_has_is_a_folder_that_is_not_there(tmp_path):
+    row = parse_row(line(audio_filepath="~no-such-user/x.wav"), need_text=False)
+    assert audio_path(tmp_path / "m.json", row) == tmp_path / "~no-such-user" / "x.wav"
 
 
 def test_lines_are_found_again_by_position(tmp_path):

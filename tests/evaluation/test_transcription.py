@@ -41,12 +41,13 @@ def test_files_folders_and_manifests_in_order_with_errors_beside(tmp_path):
         {"audio_filepath": "folder/b.wav", "duration": 0.25, "offset": 0.25, "text": "hola", "lang": "es", "other": 1},
         {"duration": 1.0},
         {"audio_filepath": "missing.wav", "duration": 1.0},
+        {"audio_filepath": "~no-such-user/x.wav", "duration": 1.0},
     ]
     manifest = tmp_path / "m.json"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     inputs = [tmp_path / "bad.wav", tmp_path / "folder", tmp_path / "empty", manifest]
     items = list(transcribe(Recorder(), find_items(inputs), batch_size=2))
-    assert [item.row.get("pred_text") for item in items] == [None, "0.5", "0.75", None, "0.25", None, None]
+    assert [item.row.get("pred_text") for item in items] == [None, "0.5", "0.75", None, "0.25", *[None] * 3]
     assert items[4].row == {
         "audio_filepath": str(tmp_path / "folder" / "b.wav"),
         "duration": 0.25,
@@ -61,6 +62,7 @@ def test_files_folders_and_manifests_in_order_with_errors_beside(tmp_path):
     assert "empty: no audio" in items[3].problem
     assert "m.json:2: missing key" in items[5].problem
     assert "missing.wav" in items[6].problem
+    assert "~no-such-user/x.wav: cannot be opened" in items[7].problem
 
 
 def test_batches_hold_utterances_of_similar_length(tmp_path):
