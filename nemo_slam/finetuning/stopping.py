@@ -50,7 +50,8 @@ class EarlyStopping(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        # A run that trainer.max_time stops validates once more, at no step of the interval: a resume must not know it.
+        if trainer.sanity_checking or trainer.should_stop:
             return
         if self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val_")))

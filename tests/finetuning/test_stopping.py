@@ -54,6 +54,17 @@ def test_a_run_that_something_else_has_stopped_stays_so(tmp_path, module, waited
     assert trainer.should_stop == (before or waited == 2)
 
 
+def test_the_validation_of_a_run_that_is_out_of_time_does_not_count(tmp_path, module):
+    callback = EarlyStopping(tmp_path, 2, "val_wer", "min")
+    validate(callback, [1.0, 2.0], module)
+    before = callback.state_dict()
+    figures = {"val_wer": torch.tensor(3.0)}
+    callback.on_validation_end(
+        SimpleNamespace(sanity_checking=False, should_stop=True, global_step=3, callback_metrics=figures), module
+    )
+    assert callback.state_dict() == before
+
+
 def test_a_full_disk_is_named(tmp_path, module, monkeypatch):
     def full(content, path):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
