@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "scripts/launch"
+FINE_TUNING = ["scripts/speech_finetune.py", "--config-name", "asr_ctc", "data=librispeech"]
 SHELL = [LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch", ROOT / "docker/test_image.sh"]
 
 
@@ -62,6 +63,10 @@ def test_torchrun_gets_the_machines_and_the_run(tmp_path):
     tail = ["--config-name", "slam_stage2", "model=tiny", "trainer.num_nodes=4", "trainer.devices=3"]
     assert found[script + 1 :] == tail
     assert "trainer.devices=2" in arguments(GPUS="2")
+    command = [LAUNCH / "torchrun.sh", *FINE_TUNING]
+    found = arguments(NODES="4", HEAD="node0")
+    assert "scripts/speech_pretrain.py" not in found
+    assert found[script:] == [*FINE_TUNING, "trainer.num_nodes=4", "trainer.devices=3"]
     put(tmp_path, "nvidia-smi", "exit 9")
     result = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True)
     assert result.returncode == 2
@@ -87,7 +92,7 @@ def test_torchrun_knows_the_options(tmp_path):
 def slurm(tmp_path):
     """A function (what srun does) -> status and log of the job, and what it asked of Slurm."""
 
-    def run(srun: str, *, signal_after: float | None = None, **environment: str):
+    def run(srun: str, *, arguments=("--config-name", "slam_stage1", "data=paper"), signal_after=None, **environment):
         put(tmp_path, "srun", f'printf "%s\\n" "$@" > {tmp_path}/srun.log\n{srun}')
         put(tmp_path, "scancel", f'echo "$@" >> {tmp_path}/asked.log; touch {tmp_path}/told')
         put(tmp_path, "scontrol", f'echo "$@" >> {tmp_path}/asked.log')
@@ -103,7 +108,7 @@ def slurm(tmp_path):
             **environment,
         }
         job = subprocess.Popen(
-            ["bash", LAUNCH / "slurm.sbatch", "--config-name", "slam_stage1", "data=paper"],
+            ["bash", LAUNCH / "slurm.sbatch", *arguments],
             env=env,
             cwd=tmp_path,
             stdout=subprocess.PIPE,
@@ -142,6 +147,11 @@ def test_a_finished_job_is_not_queued_again(slurm):
     run = command[command.index("python") :]
     assert run[1:5] == ["scripts/speech_pretrain.py", "--config-name", "slam_stage1", "data=paper"]
     assert run[5:] == ["trainer.num_nodes=4", "trainer.devices=8"]
+
+
+def test_a_job_may_fine_tune(slurm):
+    *_, command = slurm("exit 0", arguments=FINE_TUNING)
+    assert command[command.index("python") + 1 :] == [*FINE_TUNING, "trainer.num_nodes=4", "trainer.devices=8"]
 
 
 def test_a_failed_job_is_not_queued_again(slurm):
@@ -201,13 +211,19 @@ def test_the_kubernetes_job():
         assert {mount["name"] for mount in container["volumeMounts"]} == volumes
 
 
-def test_the_jobs_config_composes():
-    """The overrides of the Kubernetes job are keys of the config."""
+@pytest.mark.parametrize("script", ["speech_pretrain", "speech_finetune"])
+def test_the_jobs_config_composes(script):
+    """The overrides of the Kubernetes job are keys of the config, also when its first lines make it fine-tune."""
     from hydra import compose, initialize_config_dir
 
     job = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     arguments = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"]
+    folder = ROOT / "conf"
+    if script == "speech_finetune":
+        own = {"--config-name=slam_stage1": "--config-name=asr_ctc", "data=paper": "data=librispeech"}
+        assert set(own) < set(arguments)
+        arguments, folder = [*(own.get(a, a) for a in arguments), "init_from=/shared/slam.nemo"], folder / "finetuning"
     (config,) = (a.removeprefix("--config-name=") for a in arguments if a.startswith("--config-name="))
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(folder), version_base="1.3"):
         cfg = compose(config, [a for a in arguments if not a.startswith("--")])
-    assert cfg.trainer.precision == "bf16-mixed"
+    assert (cfg.trainer.precision, cfg.trainer.num_nodes) == ("bf16-mixed", 8)

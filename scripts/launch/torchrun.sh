@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Pre-training on several machines by torchrun. The same command on each of them, with the same variables:
+# Pre-training, or the script that is named first, on several machines by torchrun. The same command on each of them, with
+# the same variables:
 #
 #   NODES=2 HEAD=node0 scripts/launch/torchrun.sh --config-name slam_stage1 data=paper exp_manager.exp_dir=/shared/runs
+#   NODES=2 HEAD=node0 scripts/launch/torchrun.sh scripts/speech_finetune.py --config-name asr_ctc init_from=... \
+#     exp_manager.exp_dir=/shared/runs
 #
 #   NODES  machines                       (1)
 #   GPUS   processes on each of them      (all GPUs of this machine)
@@ -26,10 +29,13 @@ if [ -z "${GPUS:-}" ]; then
   fi
 fi
 
+script=scripts/speech_pretrain.py
+case "${1:-}" in *.py) script=$1 && shift ;; esac
+
 export PET_SHUTDOWN_TIMEOUT="${PET_SHUTDOWN_TIMEOUT:-120}" # torchrun reads its options from PET_* too
 exec "${TORCHRUN:-torchrun}" \
   --nnodes "$NODES" --nproc-per-node "$GPUS" \
   --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN_ID" \
   --max-restarts 0 \
-  scripts/speech_pretrain.py "$@" \
+  "$script" "$@" \
   trainer.num_nodes="$NODES" trainer.devices="$GPUS"
