@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from nemo_slam.data.bad_rows import BadRow, BadRows, DataError
+from nemo_slam.data.bad_rows import BadRow, BadRows
 from nemo_slam.data.config import parse_stream
 from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
 from nemo_slam.finetuning.config import SentencesConfig
+from nemo_slam.finetuning.unknown_tokens import OF_SOURCES, OF_TARGETS, refuse_other_text
 
 # `length` and the three that follow it lie end to end from `start`: first text, second text, target.
 COLUMNS = {"length": "<i4", "file": "<i4", "line": "<i4", "start": "<i8", "first": "<i4", "second": "<i4"}
 COLUMNS |= {"target": "<i4"}
 PURPOSE_SENTENCES = 6
-MOST_UNKNOWN = 0.05
-"""Share of unknown tokens above which a tokenizer does not fit its text."""
 _CHUNK = 4096
 
 EncodeTargets = Callable[[list[str]], list[list[int]]]
@@ -56,11 +55,12 @@ class SentenceStream(Stream):
         encode_targets: gives each target's tokens (or its class). It may raise RowError, which marks one bad row.
         target_digest: names what `encode_targets` does, so that an index made with another is not taken.
         seed: of the order.
+        target_tokenizer: what the targets' tokens are of; None where they are classes.
         max_target: rows with more target tokens are filtered and counted; None for no limit.
         name: for messages.
 
     Raises:
-        DataError: more than 5% of the source's tokens are unknown to the tokenizer.
+        DataError: more than 5% of the source's tokens, or of the targets', are unknown to their tokenizer.
     """
 
     unit = "tokens"
@@ -73,6 +73,7 @@ class SentenceStream(Stream):
         *,
         target_digest: str,
         seed: int,
+        target_tokenizer: Tokenizer | None = None,
         max_target: int | None = None,
         bad_rows: BadRows | None = None,
         name: str = "train",
@@ -86,17 +87,16 @@ class SentenceStream(Stream):
             self.sources,
             {**settings, "tokenizer": model.digest, "target": target_digest},
             COLUMNS,
-            lambda builder: _scan(builder, self.sources, config, model, encode_targets, max_target),
+            lambda builder: _scan(builder, self.sources, config, model, encode_targets, target_tokenizer, max_target),
             config.cache_dir,
         )
         sampling = {"frames_per_step": config.tokens_per_step, "window": config.window}
         super().__init__(name, index, {**sampling, "seed": seed, "purpose": PURPOSE_SENTENCES}, bad_rows or BadRows())
         unknown, total = index.meta["unknown_tokens"], index.meta["total_length"]
-        if unknown > MOST_UNKNOWN * total:
-            raise DataError(
-                f"data.{name}_ds: {unknown} of {total} tokens of {', '.join(config.text_keys)} are unknown to the "
-                f"tokenizer {tokenizer}, the one that the encoder was trained with: fine-tune an encoder of such text"
-            )
+        refuse_other_text(unknown, total, f"data.{name}_ds, {', '.join(config.text_keys)}", model, OF_SOURCES)
+        if target_tokenizer is not None:
+            unknown, total = index.meta["unknown_target_tokens"], int(index.target.sum())
+            refuse_other_text(unknown, total, f"data.{name}_ds, {config.target_key}", target_tokenizer, OF_TARGETS)
         self._tokens = TokenReader(index.folder, "<u4")
 
     def load(self, ids: np.ndarray, epochs: np.ndarray, step: int | None = None) -> Sentences:
@@ -126,10 +126,11 @@ def _scan(
     config: SentencesConfig,
     model: Tokenizer,
     encode_targets: EncodeTargets,
+    target_tokenizer: Tokenizer | None,
     max_target: int | None,
 ) -> None:
     """Tokenises all rows into the index folder."""
-    unknown = 0
+    unknown = unknown_targets = 0
     with TokenWriter(builder.folder, "<u4") as writer:
         for number, manifest in enumerate(manifests):
             for chunk in _chunks(builder, manifest, config):
@@ -139,6 +140,7 @@ def _scan(
                     try:
                         found = sum(map(model.check, parts))
                         (target,) = encode_targets([row[-1]])
+                        found_targets = 0 if target_tokenizer is None else target_tokenizer.check(target)
                     except RowError as error:
                         builder.add_bad(BadRow(str(manifest), line, str(error)))
                         continue
@@ -150,12 +152,13 @@ def _scan(
                         builder.filtered[f"with a target longer than {max_target} tokens"] += 1
                         continue
                     unknown += found
+                    unknown_targets += found_targets
                     start = writer.append([*(token for part in parts for token in part), *target])
                     second = len(parts[1]) if len(parts) > 1 else 0
                     builder.add(length, number, line, start, len(parts[0]), second, len(target))
             builder.end_source()
     builder.arrays["tokens"] = (writer.dtype, writer.size)
-    builder.meta["unknown_tokens"] = unknown
+    builder.meta |= {"unknown_tokens": unknown, "unknown_target_tokens": unknown_targets}
 
 
 def _chunks(

@@ -16,7 +16,7 @@ from nemo_slam.data.manifest import RowError
 from nemo_slam.data.token_file import Tokenizer
 from nemo_slam.finetuning.loader import Collate
 from nemo_slam.finetuning.pretrained import TEXT_ENCODER, encoder_node
-from nemo_slam.finetuning.sentences import EncodeTargets, SentenceStream, read_values
+from nemo_slam.finetuning.sentences import SentenceStream, read_values
 from nemo_slam.finetuning.task import Task, check_sequence_symbols, check_tokenizer, manifests, plain, train_once
 
 
@@ -90,21 +90,18 @@ class TextTask(Task):
         return node
 
     @abstractmethod
-    def targets(self, model: ModelPT) -> tuple[EncodeTargets, str, int | None]:
-        """How a target becomes tokens, a name of that for the index, and the most tokens that fit."""
+    def targets(self, model: ModelPT) -> dict[str, Any]:
+        """What `SentenceStream` asks about targets: how one becomes tokens, by which tokenizer, and how many fit."""
 
     def stream(self, model: ModelPT, split: str, bad_rows: BadRows) -> SentenceStream | None:
         node = self.cfg.data.get(f"{split}_ds")
         if node is None:
             return None
-        encode, digest, most = self.targets(model)
         return SentenceStream(
             plain(node),
             model.source_tokenizer.path,
-            encode,
-            target_digest=digest,
+            **self.targets(model),
             seed=self.cfg.seed,
-            max_target=most,
             bad_rows=bad_rows,
             name=split,
         )
@@ -132,17 +129,15 @@ class TranslationTask(TextTask):
         node["tokenizer"] = {"model_path": str(folder / "tokenizer.model")}
         return OmegaConf.create(node)
 
-    def targets(self, model: ModelPT) -> tuple[EncodeTargets, str, int | None]:
+    def targets(self, model: ModelPT) -> dict[str, Any]:
         check_sequence_symbols(model.tokenizer)
         tokenizer = Tokenizer(model.cfg.tokenizer.model_path)
-
-        def encode(texts: list[str]) -> list[list[int]]:
-            tokens = tokenizer.encode(texts)
-            for row in tokens:
-                tokenizer.check(row)
-            return tokens
-
-        return encode, tokenizer.digest, model.transf_decoder.max_sequence_length - 2
+        return {
+            "encode_targets": tokenizer.encode,
+            "target_digest": tokenizer.digest,
+            "target_tokenizer": tokenizer,
+            "max_target": model.transf_decoder.max_sequence_length - 2,
+        }
 
     def describe(self, model: ModelPT) -> list[tuple[str, str]]:
         target = f"{model.tokenizer.vocab_size} pieces, {model.cfg.tokenizer.model_path}"
@@ -167,7 +162,7 @@ class ClassificationTask(TextTask):
         node["encoder"] |= {"cls": cfg.model.pool == "cls", "texts": len(node["text_keys"])}
         return OmegaConf.create(node)
 
-    def targets(self, model: ModelPT) -> tuple[EncodeTargets, str, int | None]:
+    def targets(self, model: ModelPT) -> dict[str, Any]:
         classes = {label: number for number, label in enumerate(model.labels)}
 
         def encode(labels: list[str]) -> list[list[int]]:
@@ -176,7 +171,7 @@ class ClassificationTask(TextTask):
                     raise RowError(f"the label {label!r} is not one of {', '.join(classes)}")
             return [[classes[label]] for label in labels]
 
-        return encode, ",".join(model.labels), None
+        return {"encode_targets": encode, "target_digest": ",".join(model.labels)}
 
     def describe(self, model: ModelPT) -> list[tuple[str, str]]:
         shown = ", ".join(model.labels[:8]) + (", ..." if len(model.labels) > 8 else "")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nemo_slam.data.audio_rows import COLUMNS, TAR_COLUMNS, AudioRows, scan_audio_rows
-from nemo_slam.data.bad_rows import BadRow, BadRows, DataError
+from nemo_slam.data.bad_rows import BadRow, BadRows
 from nemo_slam.data.config import parse_stream
 from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import Files, RowError, expand_paths, parse_json, scan_lines, string_value
@@ -22,11 +22,10 @@ from nemo_slam.data.stream import Stream
 from nemo_slam.data.tar import TarMembers
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
 from nemo_slam.finetuning.config import TranscriptConfig
+from nemo_slam.finetuning.unknown_tokens import OF_TARGETS, refuse_other_text
 
 TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4"}
 PURPOSE_TRANSCRIPTS = 5
-MOST_UNKNOWN = 0.05
-"""Share of unknown tokens above which a tokenizer does not fit its text."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,7 @@ class TranscriptStream(Stream):
         }
         super().__init__(name, index, sampling, bad_rows or BadRows())
         unknown, total = index.meta["unknown_tokens"], int(index.tokens_length.sum())
-        if unknown > MOST_UNKNOWN * total:
-            raise DataError(
-                f"data.{name}_ds: {unknown} of {total} tokens are unknown to the tokenizer {tokenizer}: it was trained "
-                "on other text. Train one on this manifest (model.tokenizer.dir=null does) or name another"
-            )
+        refuse_other_text(unknown, total, f"data.{name}_ds, {config.text_key}", model, OF_TARGETS)
         self._audio = AudioRows(self, self.sources, tars)
         self._tokens = TokenReader(index.folder, model.dtype)
 

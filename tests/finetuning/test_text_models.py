@@ -336,6 +336,15 @@ def test_what_cannot_work_says_so_at_once(name, override, error, message, manife
         finetune(config(name, manifest, tmp_path, *overrides))
 
 
+def test_a_target_tokenizer_of_other_text_is_refused(manifest, pretrained, tmp_path):
+    from nemo_slam.data.tokenizer import train_on_lines
+
+    lines = ["one yes not ten roses"] * 20  # no w as in two, no h as in three
+    other = train_on_lines(lines, tmp_path / "spm", 24, allow_smaller=True, sequence_symbols=True)
+    with pytest.raises(DataError, match=r"data\.train_ds, translation: .* unknown to the tokenizer .*spm/tokenizer"):
+        finetune(config("mt", manifest, tmp_path, f"init_from={pretrained}", f"model.tokenizer.dir={other}"))
+
+
 def test_an_encoder_without_text_is_named(straight, manifest, pretrained, tmp_path):
     """A recogniser has no text encoder to translate with."""
     from nemo_slam.data.tokenizer import train_on_lines
