@@ -28,6 +28,7 @@ from nemo_slam.training.checkpoints import checkpoint_callback, finished_checkpo
 from nemo_slam.training.precision import check_run
 from nemo_slam.training.pretrain import data_identity, fit, make_trainer, save_nemo
 from nemo_slam.training.run_folder import make_run_folder
+from nemo_slam.training.run_lock import alone_in
 
 MINIMUM_INITIALISED = 0.95
 """Share of the encoder's parameters that ``init_from`` must fill."""
@@ -95,49 +96,52 @@ def finetune(cfg: DictConfig) -> Path:
     freeze = FreezeEncoder(cfg.freeze_encoder_steps)
     # Early stopping comes first, so that a checkpoint holds what it knows.
     trainer = make_trainer(cfg, run_folder, metrics, freeze, *stopping)
-    node = task.model_node()
-    model = import_class_by_path(node.target)(cfg=node, trainer=trainer)
-    torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
+    with alone_in(run_folder, trainer.is_global_zero):
+        node = task.model_node()
+        model = import_class_by_path(node.target)(cfg=node, trainer=trainer)
+        torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
 
-    bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
-    streams = {split: task.stream(model, split, bad_rows) for split in ("train", "validation")}
-    train = streams["train"]
-    if train is None:
-        raise ValueError("data.train_ds is null: there is nothing to train on")
-    pin = trainer.strategy.root_device.type == "cuda"
-    data = FineTuningData(train, streams["validation"], task.collate(model), cfg.data.num_workers, pin)
-    checkpoint_callback(trainer).identity = data_identity(cfg, {"train": train})
+        bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
+        streams = {split: task.stream(model, split, bad_rows) for split in ("train", "validation")}
+        train = streams["train"]
+        if train is None:
+            raise ValueError("data.train_ds is null: there is nothing to train on")
+        pin = trainer.strategy.root_device.type == "cuda"
+        data = FineTuningData(train, streams["validation"], task.collate(model), cfg.data.num_workers, pin)
+        checkpoint_callback(trainer).identity = data_identity(cfg, {"train": train})
 
-    checkpoints = finished_checkpoints(run_folder / "checkpoints")
-    resume = checkpoints[-1] if checkpoints else None
-    if resume is not None:
-        logging.info(f"resuming from step {resume[0]} ({resume[1]})")
-    elif pretrained is not None:
-        logging.info(f"encoder of {pretrained.path}: {pretrained.describe()}")
-        last = cfg.reinit_last_layers
-        logging.info(str(initialise_encoder(model.encoder, pretrained, MINIMUM_INITIALISED, last)))
-        if last:
-            logging.info(f"reinit_last_layers: the last {last} multimodal layer(s) keep their random weights instead")
-    with open_dict(model.cfg):
-        for split, stock in task.stock_datasets().items():
-            model.cfg[split] = stock
-    resolved: DictConfig = OmegaConf.create(plain(cfg))
-    resolved.model = {**resolved.model, **node}
-    table = start_up_table(trainer, model, resolved, task, streams)  # what cannot be had is an error on every rank
-    if trainer.is_global_zero:
-        logging.info(table)
+        checkpoints = finished_checkpoints(run_folder / "checkpoints")
+        resume = checkpoints[-1] if checkpoints else None
+        if resume is not None:
+            logging.info(f"resuming from step {resume[0]} ({resume[1]})")
+        elif pretrained is not None:
+            logging.info(f"encoder of {pretrained.path}: {pretrained.describe()}")
+            last = cfg.reinit_last_layers
+            logging.info(str(initialise_encoder(model.encoder, pretrained, MINIMUM_INITIALISED, last)))
+            if last:
+                logging.info(
+                    f"reinit_last_layers: the last {last} multimodal layer(s) keep their random weights instead"
+                )
+        with open_dict(model.cfg):
+            for split, stock in task.stock_datasets().items():
+                model.cfg[split] = stock
+        resolved: DictConfig = OmegaConf.create(plain(cfg))
+        resolved.model = {**resolved.model, **node}
+        table = start_up_table(trainer, model, resolved, task, streams)  # what cannot be had is an error on every rank
+        if trainer.is_global_zero:
+            logging.info(table)
 
-    validation = streams["validation"]
-    validated = {} if validation is None else {"validation": validation}
-    fit(cfg, trainer, model, data, {"train": train}, validated, resume, resolved)
-    if trainer.global_step >= trainer.max_steps or any(callback.stopped for callback in stopping):
-        for callback in stopping:
-            best = callback.restore_best(model)
-            if best < 0:
-                logging.warning(f"no validation gave a number for {callback.monitor}: the last weights are kept")
-            else:
-                logging.info(f"weights of step {best}, the best by {callback.monitor}")
-        save_nemo(model, run_folder / f"{cfg.name}.nemo")
+        validation = streams["validation"]
+        validated = {} if validation is None else {"validation": validation}
+        fit(cfg, trainer, model, data, {"train": train}, validated, resume, resolved)
+        if trainer.global_step >= trainer.max_steps or any(callback.stopped for callback in stopping):
+            for callback in stopping:
+                best = callback.restore_best(model)
+                if best < 0:
+                    logging.warning(f"no validation gave a number for {callback.monitor}: the last weights are kept")
+                else:
+                    logging.info(f"weights of step {best}, the best by {callback.monitor}")
+            save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
         minutes = (time.perf_counter() - started) / 60
         left_out = f"; {bad_rows.count()} bad rows, listed in {bad_rows.path}" if bad_rows.count() else ""

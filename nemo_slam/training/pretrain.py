@@ -36,6 +36,7 @@ from nemo_slam.training.lost_ranks import LostRanks
 from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, refuse_strangers, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
 from nemo_slam.training.run_folder import RunMetrics, SavedConfig, make_run_folder
+from nemo_slam.training.run_lock import alone_in
 from nemo_slam.training.settings import ConfiguredSettings
 
 MINIMUM_INITIALISED = 0.5
@@ -181,48 +182,49 @@ def pretrain(cfg: DictConfig) -> Path:
     if cfg.probes:
         others.append(Probes())
     trainer = make_trainer(cfg, run_folder, RunMetrics(run_folder, cfg.trainer.log_every_n_steps), *others)
-    _say_demonstration(cfg, trainer)
-    prepare_data(cfg.data, cfg.model.text_encoder.vocab_size)
-    model = SLAMPretrainingModel(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)), trainer)
-    numbers = check_run(
-        model,
-        model.settings.conformer,
-        model.settings.pad_multiple,
-        cfg.model.optim.name,
-        str(trainer.precision),
-        trainer.strategy.root_device,
-        sharded=isinstance(trainer.strategy, ShardedStrategy),
-    )
+    with alone_in(run_folder, trainer.is_global_zero):
+        _say_demonstration(cfg, trainer)
+        prepare_data(cfg.data, cfg.model.text_encoder.vocab_size)
+        model = SLAMPretrainingModel(OmegaConf.create(OmegaConf.to_container(cfg.model, resolve=True)), trainer)
+        numbers = check_run(
+            model,
+            model.settings.conformer,
+            model.settings.pad_multiple,
+            cfg.model.optim.name,
+            str(trainer.precision),
+            trainer.strategy.root_device,
+            sharded=isinstance(trainer.strategy, ShardedStrategy),
+        )
 
-    torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
+        torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
 
-    bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
-    common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
-    train = build_streams(_needed(cfg.model.train_ds, model.streams, "train_ds"), **common)
-    vocab_size = cfg.model.text_encoder.vocab_size
-    texts = {n: s.token_counts(vocab_size) for n, s in train.items() if isinstance(s, (TextStream, PairStream))}
-    model.set_unigrams({name: torch.from_numpy(counts) for name, counts in texts.items()})
-    validation = {}
-    if cfg.model.validation_ds is not None:
-        node = _needed(cfg.model.validation_ds, model.streams, "validation_ds")
-        validation = build_streams(node, **common, split="validation")
-    pin = trainer.strategy.root_device.type == "cuda"
-    data = SLAMDataModule(train, validation, cfg.data.num_workers, pin)
-    checkpoint_callback(trainer).identity = data_identity(cfg, train)
+        bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
+        common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
+        train = build_streams(_needed(cfg.model.train_ds, model.streams, "train_ds"), **common)
+        vocab_size = cfg.model.text_encoder.vocab_size
+        texts = {n: s.token_counts(vocab_size) for n, s in train.items() if isinstance(s, (TextStream, PairStream))}
+        model.set_unigrams({name: torch.from_numpy(counts) for name, counts in texts.items()})
+        validation = {}
+        if cfg.model.validation_ds is not None:
+            node = _needed(cfg.model.validation_ds, model.streams, "validation_ds")
+            validation = build_streams(node, **common, split="validation")
+        pin = trainer.strategy.root_device.type == "cuda"
+        data = SLAMDataModule(train, validation, cfg.data.num_workers, pin)
+        checkpoint_callback(trainer).identity = data_identity(cfg, train)
 
-    checkpoints = finished_checkpoints(run_folder / "checkpoints")
-    resume = checkpoints[-1] if checkpoints else None
-    if resume is not None:
-        logging.info(f"resuming from step {resume[0]} ({resume[1]})")
-    elif cfg.init_from is not None:
-        logging.info(str(load_weights(model, read_weights(cfg.init_from), cfg.init_from, MINIMUM_INITIALISED)))
-        check_same_tokenizer(Path(cfg.init_from), model.tokenizer_model)
-    if trainer.is_global_zero:
-        logging.info(start_up_table(trainer, model, numbers, train))
+        checkpoints = finished_checkpoints(run_folder / "checkpoints")
+        resume = checkpoints[-1] if checkpoints else None
+        if resume is not None:
+            logging.info(f"resuming from step {resume[0]} ({resume[1]})")
+        elif cfg.init_from is not None:
+            logging.info(str(load_weights(model, read_weights(cfg.init_from), cfg.init_from, MINIMUM_INITIALISED)))
+            check_same_tokenizer(Path(cfg.init_from), model.tokenizer_model)
+        if trainer.is_global_zero:
+            logging.info(start_up_table(trainer, model, numbers, train))
 
-    fit(cfg, trainer, model, data, train, validation, resume, cfg)
-    if trainer.global_step >= trainer.max_steps:
-        save_nemo(model, run_folder / f"{cfg.name}.nemo")
+        fit(cfg, trainer, model, data, train, validation, resume, cfg)
+        if trainer.global_step >= trainer.max_steps:
+            save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
         minutes = (time.perf_counter() - started) / 60
         left_out = f"; {bad_rows.count()} bad rows, listed in {bad_rows.path}" if bad_rows.count() else ""
