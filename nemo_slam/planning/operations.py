@@ -17,20 +17,20 @@ class Precision:
         residual: the residual stream and the norms' output.
         compute: matrix products and what lies between them.
         copies: bytes a weight of the copy that autocast makes of it; 0 without autocast.
-        weight: bytes of a weight, its gradient, and each value of the optimizer's state.
     """
 
     residual: int
     compute: int
     copies: int
-    weight: int = 4
 
+
+WEIGHT = 4
+"""Bytes of a weight, its gradient, and each value of the optimizer's state."""
 
 PRECISIONS = {
     "32-true": Precision(4, 4, 0),
     "bf16-mixed": Precision(4, 2, 2),
     "16-mixed": Precision(4, 2, 2),
-    "bf16-true": Precision(2, 2, 0, 2),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_slam.planning.hardware import Processor
 from nemo_slam.planning.network import Network, parameters
-from nemo_slam.planning.operations import PRECISIONS, Precision, Tally
+from nemo_slam.planning.operations import PRECISIONS, WEIGHT, Precision, Tally
 from nemo_slam.planning.workload import MicroBatch, TypicalLengths, micro_batch
 
 OPTIMIZER_VALUES = {"adam": 2, "adamw": 2, "fused_adam": 2, "auto": 2}
@@ -127,7 +127,7 @@ def memory_of(run: Run, batch: MicroBatch, tally: Tally) -> Memory:
             f"model.optim.name: {optim!r} is not one of {', '.join(OPTIMIZER_VALUES)}, whose memory is known"
         )
     count = sum(parameters(run.config["model"]).values())
-    weights = float(count * precision.weight)
+    weights = float(count * WEIGHT)
     # In the messages of DistributedDataParallel, or copied there.
     copied = run.ranks > 1 and not run.config["parallel"]["gradient_as_bucket_view"]
     return Memory(
@@ -157,11 +157,10 @@ def make_plan(run: Run) -> Plan:
     flops_per_second, bytes_per_second = run.gpu.flops_per_second(run.precision), run.gpu.bytes_per_second
     forward, backward = tally.seconds(flops_per_second, bytes_per_second)
     count = sum(parameters(model).values())
-    size = run.precision.weight
     # Norm and clipping read gradients and scale them; the optimizer reads all values and writes all but gradients.
     values = OPTIMIZER_VALUES[model["optim"]["name"]]
-    update = count * size * (4 + (2 + values) + (1 + values))
-    reduction = 2 * (run.ranks - 1) / run.ranks * count * size
+    update = count * WEIGHT * (4 + (2 + values) + (1 + values))
+    reduction = 2 * (run.ranks - 1) / run.ranks * count * WEIGHT
     communication = reduction / run.gpu.reduction_bandwidth(run.ranks, run.per_node)
     exposed = max(0.0, communication - backward)  # it overlaps with the last micro-batch's backward
     total = tally.total()

@@ -20,13 +20,12 @@ from slam_kernels import BackendError
 from slam_kernels import backend as kernel_backend
 
 DTYPES = {
+    "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
-    "bf16-true": torch.bfloat16,
     "16-mixed": torch.float16,
-    "16-true": torch.float16,
     "64-true": torch.float64,
 }
-"""Type that matrix products get, by ``trainer.precision``; float32 for the others."""
+"""Type that matrix products get, by ``trainer.precision``."""
 
 optimizers.register()
 
@@ -67,8 +66,13 @@ def check_run(
                 f"{pad_multiple}"
             )
         fp8.require(chosen, device)
+    if precision not in DTYPES:  # bf16-true, 16-true, transformer-engine: Lightning casts every batch and buffer too
+        raise ValueError(
+            f"trainer.precision={precision} would also round the waveform, the mel filters and the weights to half "
+            f"precision, and training needs those as they are: use bf16-mixed ({', '.join(DTYPES)} are possible)"
+        )
     layer = next(module for module in encoder.modules() if isinstance(module, PackedConformerLayer))
-    dtype = DTYPES.get(precision, torch.float32)
+    dtype = DTYPES[precision]
     backend = resolve_backend(layer.self_attn.settings, device, dtype)
     in_use = ""
     if backend == "te":

@@ -50,6 +50,8 @@ def test_rows_on_a_cpu():
     [
         ({"fp8": "gemm"}, ValueError, "fp8=gemm goes with trainer.precision=bf16-mixed .* not 32-true"),
         ({"fp8": "gemm", "trainer": "bf16-true"}, ValueError, "not bf16-true"),
+        ({"trainer": "bf16-true"}, ValueError, "precision=bf16-true would also round the waveform.*use bf16-mixed"),
+        ({"trainer": "16-true"}, ValueError, "precision=16-true would also round the waveform.*use bf16-mixed"),
         ({"fp8": "gemm", "trainer": "bf16-mixed", "multiple": 24}, ValueError, "pad_multiple to be a multiple of 16"),
         ({"fp8": "gemm", "trainer": "bf16-mixed"}, BackendError, "fp8=gemm on cpu"),
         ({"fp8": "attention", "trainer": "bf16-mixed"}, BackendError, "fp8=attention on cpu"),
@@ -73,6 +75,16 @@ def test_a_run_refuses_before_its_first_step(pretrain_config, tmp_path):
         pretrain(cfg)
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not list(tmp_path.rglob("metrics.csv"))
+
+
+def test_a_run_in_double_precision(pretrain_config):
+    """Lightning casts every batch to it, the waveform too."""
+    from nemo_slam.training.pretrain import pretrain
+
+    folder = pretrain(pretrain_config(2, "name=double", "trainer.precision=64-true", "trainer.max_steps=1"))
+    state = torch.load(folder / "checkpoints/step_000000001.ckpt", weights_only=False)["state_dict"]
+    assert {tensor.dtype for tensor in state.values() if tensor.is_floating_point()} == {torch.float64}
+    assert all(tensor.isfinite().all() for tensor in state.values())
 
 
 @pytest.fixture
