@@ -71,6 +71,7 @@ class StepOutputs:
         masked_speech, masked_text: by input name.
         chosen_texts: negatives taken from the batch, by input name.
         optimizer_step: optimizer steps so far.
+        attended_positions: those of a multimodal layer's attention, padding included.
     """
 
     mel: Tensor
@@ -87,6 +88,7 @@ class StepOutputs:
     randomness: Randomness
     settings: StepSettings
     optimizer_step: int
+    attended_positions: int
     masked_speech: dict[str, MaskedRows] = field(default_factory=dict)
     masked_text: dict[str, MaskedRows] = field(default_factory=dict)
     chosen_texts: dict[str, ChosenTexts] = field(default_factory=dict)
@@ -104,7 +106,7 @@ class StepOutputs:
             "frames": float(self.mel_lengths.sum()),
             "tokens": float(sum(int(lengths.sum()) for lengths in texts)),
             "positions": float(self.packed.layout.num_valid),
-            "attended_positions": float(self.packed.layout.block_positions),
+            "attended_positions": float(self.attended_positions),
         }
 
     def stacked_mel(self, index: Tensor) -> Tensor:
@@ -207,6 +209,7 @@ def run_step(
         randomness=randomness,
         settings=settings,
         optimizer_step=optimizer_step,
+        attended_positions=modal.layers.attended_positions(packed.layout),
         masked_speech=masked_speech,
         masked_text=masked_text,
         chosen_texts=chosen_texts,

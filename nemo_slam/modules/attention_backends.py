@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nemo_slam.modules import fp8
-from nemo_slam.modules.attention_blocks import from_blocks, to_blocks
+from nemo_slam.modules.attention_blocks import bounded_blocks, from_blocks, to_blocks
 from nemo_slam.packing import SequenceLayout
 from slam_kernels import BackendError
 
@@ -134,3 +134,10 @@ def resolve_backend(settings: AttentionSettings, device: torch.device, dtype: to
             f"model.conformer.attention=varlen on {device}: {reason}. Use model.conformer.attention=auto or sdpa."
         )
     return "sdpa" if reason is not None else "varlen"
+
+
+def attended_positions(backend: str, layout: SequenceLayout) -> int:
+    """Positions that a backend computes for a layout, what it pads included; known without a sync."""
+    if backend == "te":
+        return sum(block.size * block.width for block in bounded_blocks(layout).blocks)
+    return layout.num_rows if backend == "varlen" else layout.block_positions

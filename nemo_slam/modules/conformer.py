@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemo_slam.modules import fp8
 from nemo_slam.modules.attention import PackedSelfAttention
-from nemo_slam.modules.attention_backends import AttentionSettings
+from nemo_slam.modules.attention_backends import AttentionSettings, attended_positions
 from nemo_slam.modules.convolution import PackedConvolution
 from nemo_slam.packing import SequenceLayout
 
@@ -119,6 +119,11 @@ class ConformerStack(nn.ModuleList):
             for layer in self:
                 x = self._run(layer, x, layout)
         return x.squeeze(0)
+
+    def attended_positions(self, layout: SequenceLayout) -> int:
+        """Positions that attention computes in each layer for a layout, padding included; 0 without layers."""
+        attention: Any = self[0].self_attn if len(self) else None
+        return 0 if attention is None else attended_positions(attention.backend, layout)
 
     def _run(self, layer: nn.Module, x: Tensor, layout: SequenceLayout) -> Tensor:
         def run(x: Tensor) -> Tensor:

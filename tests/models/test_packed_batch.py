@@ -11,6 +11,7 @@ from nemo_slam.data.batch import StepBatch
 from nemo_slam.models import masking
 from nemo_slam.models import step as steps
 from nemo_slam.models.pretraining import SLAMPretrainingModel
+from nemo_slam.modules import attention
 from nemo_slam.randomness import Randomness
 
 SETTINGS = steps.StepSettings("torch", multiple=8)
@@ -50,6 +51,19 @@ def outputs_of(model, batch):
         for segment in request.segments():
             rows[name, segment] = out.hidden[torch.as_tensor(out.rows(name, segment))]
     return rows, out
+
+
+def test_padding_is_that_of_the_backend_in_use(model, make_batch, monkeypatch):
+    """metrics.csv's padding_share; packed attention, which needs a GPU, computes the rows and nothing else."""
+    batch = make_batch()
+    _, out = outputs_of(model, batch)
+    layout = out.packed.layout
+    padded = sum(block.size * block.width for block in layout.blocks)
+    assert out.volume(batch)["positions"] == layout.num_valid
+    assert out.volume(batch)["attended_positions"] == padded != layout.num_rows
+    monkeypatch.setattr(attention, "resolve_backend", lambda *arguments: "varlen")
+    monkeypatch.setattr(attention, "varlen", attention.sdpa)
+    assert model(batch).volume(batch)["attended_positions"] == layout.num_rows
 
 
 def test_every_sequence_gets_what_it_gets_alone(model, make_batch):

@@ -12,7 +12,7 @@ from attention_oracle import attention, rotated
 
 from nemo_slam.modules import attention_backends, fp8
 from nemo_slam.modules.attention import PackedSelfAttention
-from nemo_slam.modules.attention_backends import AttentionSettings, resolve_backend, sdpa, varlen
+from nemo_slam.modules.attention_backends import AttentionSettings, attended_positions, resolve_backend, sdpa, varlen
 from nemo_slam.modules.attention_te import TransformerEngineAttention
 from nemo_slam.packing import SequenceLayout
 from slam_kernels import BackendError
@@ -61,6 +61,29 @@ def test_backend_equals_attention_written_out(name, packed, monkeypatch, transfo
     (ours,) = torch.autograd.grad((out[: layout.num_valid] * weight).sum(), qkv)
     (theirs,) = torch.autograd.grad((expected * weight).sum(), qkv)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "varlen", "te"])
+def test_positions_that_are_told_are_those_that_are_computed(name, packed, monkeypatch, transformer_engine):
+    """What ``padding_share`` counts, with what the kernels are handed."""
+    layout, qkv = packed
+    computed = []
+
+    def count(query, key, value, **options):
+        computed.append(query.shape[0] * query.shape[2])
+        return query
+
+    with monkeypatch.context() as patch:
+        if name == "sdpa":
+            patch.setattr(attention_backends.F, "scaled_dot_product_attention", count)
+        run(name, layout, qkv, patch)
+    if name == "varlen":
+        computed = [len(qkv)]
+    elif name == "te":
+        computed = [size * width for kind, (size, width, *_) in transformer_engine.calls if kind == "attention"]
+    assert attended_positions(name, layout) == sum(computed) >= sum(LENGTHS)
+    empty = SequenceLayout.build(np.zeros(0, np.int64))
+    assert attended_positions(name, empty) == (1 if name == "varlen" else 0)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "varlen", "te"])
