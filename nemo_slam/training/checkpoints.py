@@ -73,20 +73,27 @@ class StreamedCheckpointIO(TorchCheckpointIO):
 
     @staticmethod
     def refuse_damaged(path: Any) -> None:
-        """torch does not look at the checksums in a file, and would read wrong weights.
+        """Raises ValueError where a part of the file is not as it was written."""
+        problem = find_damage(path)
+        if problem is not None:
+            raise _damaged(path, problem)
 
-        Raises:
-            ValueError: a part of it is not as it was written.
-        """
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if any(member.compress_type for member in archive.infolist()):  # each decompressor has its own errors
-                    raise zipfile.BadZipFile("a part of it is said to be compressed, and torch compresses none")
-                damaged = archive.testzip()
-        except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OverflowError) as error:
-            raise _damaged(path, f"{type(error).__name__}: {error}") from error  # bytes that mean something else
-        if damaged:
-            raise _damaged(path, f"{damaged} does not match its checksum")
+
+def find_damage(file: Any) -> str | None:
+    """What in a file of ``torch.save`` is not as it was written: torch does not look at the checksums in it, and would
+    read wrong weights. None if nothing is.
+
+    Args:
+        file: a path, or an open file.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if any(member.compress_type for member in archive.infolist()):  # each decompressor has its own errors
+                return "BadZipFile: a part of it is said to be compressed, and torch compresses none"
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError, OverflowError) as error:
+        return f"{type(error).__name__}: {error}"  # bytes that mean something else
+    return f"{wrong} does not match its checksum" if wrong else None
 
 
 def _damaged(path: Any, problem: str) -> ValueError:

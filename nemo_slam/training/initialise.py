@@ -7,9 +7,12 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+
+from nemo_slam.training.checkpoints import find_damage
 
 
 @dataclass
@@ -50,7 +53,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a ``.nemo`` archive or a Lightning ``.ckpt``, read as weights only: nothing in the file is run.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: not such a file, or a damaged one.
         FileNotFoundError: no such file.
     """
     path = Path(path)
@@ -60,10 +63,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".nemo":
             with tarfile.open(path) as archive:
                 member = next((m for m in archive.getmembers() if Path(m.name).name == "model_weights.ckpt"), None)
-                if member is None or not member.isfile():
+                file = archive.extractfile(member) if member is not None and member.isfile() else None
+                if file is None:
                     raise ValueError(f"init_from: {path} holds no model_weights.ckpt, so it is not a NeMo model")
-                return torch.load(archive.extractfile(member), map_location="cpu", weights_only=True)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+                return _read(file, path)
+        with path.open("rb") as file:
+            content = _read(file, path)
     except tarfile.TarError as error:
         raise ValueError(f"init_from: {path} is not a .nemo archive: {error}") from error
     except pickle.UnpicklingError as error:
@@ -74,6 +79,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if "state_dict" not in content:
         raise ValueError(f"init_from: {path} has no state_dict: expected a .nemo or a Lightning .ckpt")
     return content["state_dict"]
+
+
+def _read(file: IO[bytes], path: Path) -> Any:
+    archive = file.read(4) == b"PK\3\4"  # as torch tells its files from those before 1.6, which have no checksums
+    problem = find_damage(file) if archive else None
+    if problem is not None:
+        raise ValueError(f"init_from: {path} is damaged ({problem:.200}): take another copy, or another checkpoint")
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import tarfile
 import zipfile
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from nemo_slam.training import checkpoints as module
 from nemo_slam.training import guards
 from nemo_slam.training.checkpoints import StreamedCheckpointIO
 from nemo_slam.training.guards import disk_advice
+from nemo_slam.training.initialise import read_weights
 from nemo_slam.training.parallel import ShardedStrategy
 
 
@@ -44,6 +46,33 @@ def test_one_changed_bit_of_a_weight_is_noticed(saved):
         with pytest.raises(ValueError, match=message):
             reader.load_checkpoint(saved)
     assert not torch.equal(torch.load(saved)["weights"], torch.arange(4096.0))
+
+
+@pytest.mark.parametrize("name", ["start.nemo", "start.ckpt"])
+def test_a_start_from_a_changed_bit_is_refused(tmp_path, name):
+    """init_from, by a .nemo too: a tar with such a file in it."""
+    inner = tmp_path / "model_weights.ckpt"
+    weights = {"layer.weight": torch.arange(4096.0)}
+    torch.save({"state_dict": weights} if name.endswith(".ckpt") else weights, inner)
+
+    def pack(path):
+        if path.suffix == ".ckpt":
+            inner.rename(path)
+            return
+        with tarfile.open(path, "w:") as archive:
+            archive.add(inner, "./model_weights.ckpt")
+
+    path = tmp_path / name
+    pack(path)
+    assert torch.equal(read_weights(path)["layer.weight"], weights["layer.weight"])
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(2000.0, 2100.0).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"init_from: .*{name} is damaged \(.*checksum\)"):
+        read_weights(path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"init_from: .*{name} is (damaged|not a \.nemo archive)"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
