@@ -32,7 +32,9 @@ def holder():
         folder.mkdir(exist_ok=True)
         command = [sys.executable, "-c", HOLDER, str(folder / run_lock.FILE_NAME)]
         processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        assert processes[-1].stdout.readline() == b"held\n"
+        out = processes[-1].stdout
+        assert out is not None
+        assert out.readline() == b"held\n"
         return processes[-1]
 
     yield start
@@ -123,7 +125,7 @@ def test_a_file_system_without_locks_is_said_and_passed_over(tmp_path, monkeypat
     def no_locks(*args):
         raise OSError(37, "No locks available")
 
-    messages = []
+    messages: list[str] = []
     monkeypatch.setattr(fcntl, "lockf", no_locks)
     monkeypatch.setattr(run_lock.logging, "warning", messages.append)
     with alone_in(tmp_path, is_global_zero=True):
