@@ -12,12 +12,9 @@ one process and appears by renames, its record last; a shard that has a record i
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import multiprocessing
-import os
-import tarfile
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,12 +25,11 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from nemo_slam.data.audio import AudioError
 from nemo_slam.data.bad_rows import BadRow, DataError
 from nemo_slam.data.corpora.files import sha256
-from nemo_slam.data.manifest import Files, RowError, parse_json, parse_row, scan_lines
+from nemo_slam.data.manifest import RowError, parse_row, scan_lines
+from nemo_slam.data.one_shard import is_made, make_shard, record_path
 from nemo_slam.data.sampling import keyed_permutation
-from nemo_slam.data.shard_audio import make_member
 from nemo_slam.data.shard_files import (
     damaged,
     describe_files,
@@ -118,7 +114,7 @@ def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers
         order = keyed_permutation(len(rows.places), seed=settings.seed, purpose=_SHUFFLE, use=0, epoch=0, block=0)
         rows.places = rows.places[order]
     cuts = [len(rows.places) * s // settings.shards for s in range(settings.shards + 1)]
-    missing = [s for s in range(settings.shards) if not _shard_is_done(out, s, identity)]
+    missing = [s for s in range(settings.shards) if not is_made(out, s, identity)]
     if len(missing) < settings.shards:
         logger.info("%d of %d shards are there already", settings.shards - len(missing), settings.shards)
     probes = rows.places[np.unique(np.linspace(0, len(rows.places) - 1, _PROBED).astype(np.int64))]
@@ -127,7 +123,15 @@ def _make(manifests: Sequence[Path], out: Path, settings: ShardSettings, workers
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = [
             pool.submit(
-                make_shard, manifests, rows.places[cuts[s] : cuts[s + 1]], cuts[s], out, s, settings, identity, probes
+                make_shard,
+                manifests,
+                rows.places[cuts[s] : cuts[s + 1]],
+                cuts[s],
+                out,
+                s,
+                settings.codec,
+                identity,
+                probes,
             )
             for s in missing
         ]
@@ -182,96 +186,6 @@ def _scan(manifests: Sequence[Path], settings: ShardSettings) -> Rows:
     return Rows(np.array(places, np.int64).reshape(-1, 4), bad, filtered)
 
 
-def make_shard(
-    manifests: Sequence[Path],
-    places: np.ndarray,
-    first: int,
-    out: Path,
-    shard: int,
-    settings: ShardSettings,
-    identity: str,
-    probes: np.ndarray,
-) -> None:
-    """One shard: tar, index, manifest, and last the record with their checksums.
-
-    Args:
-        places: *Shape:* (n, 4), of its rows.
-        first: how many rows lie in the shards before, for the members' names.
-        probes: *Shape:* (m, 4), of rows from all over the corpus.
-
-    Raises:
-        DataError: rows cannot be read, and what could be read before cannot either: a file system that is gone must not
-            pass for so many bad rows, since a shard is made once.
-    """
-    files, bad, lines, offsets, seconds = Files(manifests), [], [], [], 0.0
-    good = None
-    part = out / f"audio_{shard}.tar.part-{os.getpid()}"
-    with tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as tar:
-        for position, (number, line, offset, size) in enumerate(places.tolist()):
-            raw = files.read(number, offset, size)
-            try:
-                name, blob = make_member(manifests[number], raw, first + position, settings.codec)
-            except (RowError, AudioError, OSError) as error:
-                bad.append({"file": str(manifests[number]), "line": line, "reason": str(error)})
-                continue
-            good = position if good is None else good
-            # No time, owner or mode of the source: the same bytes whenever and by whomever it is made.
-            member = tarfile.TarInfo(name)
-            member.size = len(blob)
-            offsets.append(tar.offset)
-            tar.addfile(member, io.BytesIO(blob))
-            entry = parse_json(raw)
-            if entry.get("offset") is not None:
-                entry["source_audio_offset"] = entry.pop("offset")
-            lines.append(json.dumps({**entry, "audio_filepath": name, "shard_id": shard}, ensure_ascii=False) + "\n")
-            seconds += entry["duration"]
-    known = probes if good is None else places[good : good + 1]
-    if bad and not any(_readable_row(manifests, files, place, settings.codec) for place in known.tolist()):
-        part.unlink()
-        raise DataError(
-            f"shard {shard}: {len(bad)} of {len(places)} rows cannot be read, the first: {bad[0]['reason']}; nor can "
-            "others now. Is the audio where the manifest says, its file system still there? The same command goes on"
-        )
-    index = np.array([*offsets, part.stat().st_size], "<u8").tobytes()
-    tar_path = out / f"audio_{shard}.tar"
-    manifest_path = out / "sharded_manifests" / f"manifest_{shard}.json"
-    index_path = out / f"audio_{shard}.tar.idx"
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    part.replace(tar_path)
-    write_whole(index_path, index)
-    write_whole(manifest_path, "".join(lines).encode())
-    record = {
-        "identity": identity,
-        "rows": len(lines),
-        "seconds": seconds,
-        "bad": bad,
-        "files": describe_files(out, (tar_path, index_path, manifest_path)),
-    }
-    write_json(_record(out, shard), record)
-
-
-def _readable_row(manifests: Sequence[Path], files: Files, place: Sequence[int], codec: str) -> bool:
-    number, _, offset, size = place
-    try:
-        make_member(manifests[number], files.read(number, offset, size), 0, codec)
-    except (RowError, AudioError, OSError):
-        return False
-    return True
-
-
-def _record(out: Path, shard: int) -> Path:
-    return out / ".records" / f"{shard}.json"
-
-
-def _shard_is_done(out: Path, shard: int, identity: str) -> bool:
-    path = _record(out, shard)
-    if not path.exists():
-        return False
-    record = json.loads(path.read_text())
-    return record["identity"] == identity and sizes_agree(out, record["files"])
-
-
 def _finished(out: Path, identity: str) -> bool:
     if not (out / "shards.json").exists():
         return False
@@ -280,7 +194,7 @@ def _finished(out: Path, identity: str) -> bool:
 
 
 def _finish(out: Path, plan: dict[str, Any], rows: Rows, shards: int) -> dict[str, Any]:
-    records = [json.loads(_record(out, s).read_text()) for s in range(shards)]
+    records = [json.loads(record_path(out, s).read_text()) for s in range(shards)]
     whole = out / "tarred_audio_manifest.json"
     write_whole(whole, b"".join((out / "sharded_manifests" / f"manifest_{s}.json").read_bytes() for s in range(shards)))
     bad = [*(vars(row) for row in rows.bad), *(row for record in records for row in record["bad"])]

@@ -20,7 +20,7 @@ import soundfile
 import torch
 from corpus_helpers import sentence, write_manifest
 
-from nemo_slam.data import sharding
+from nemo_slam.data import one_shard, sharding
 from nemo_slam.data.bad_rows import DataError
 from nemo_slam.data.config import SpeechConfig, TextConfig
 from nemo_slam.data.shard_files import damaged_beside
@@ -253,7 +253,7 @@ def test_audio_that_vanishes_on_the_way_is_no_bad_row(tmp_path, monkeypatch):
         tmp_path / "m.json", [{"audio_filepath": f"audio/{i}.wav", "duration": 0.5} for i in range(8)]
     )
     settings, out = ShardSettings(2, seed=None), tmp_path / "out"
-    real, calls = sharding.make_member, []
+    real, calls = one_shard.make_member, []
 
     def make_member(*arguments):
         calls.append(arguments)
@@ -263,9 +263,9 @@ def test_audio_that_vanishes_on_the_way_is_no_bad_row(tmp_path, monkeypatch):
 
     (out / "sharded_manifests").mkdir(parents=True)
     places = sharding._scan([manifest], settings).places
-    monkeypatch.setattr(sharding, "make_member", make_member)
+    monkeypatch.setattr(one_shard, "make_member", make_member)
     with pytest.raises(DataError, match=r"shard 0: 2 of 4 rows cannot be read.*2\.wav.*still there"):
-        sharding.make_shard([manifest], places[:4], 0, out, 0, settings, "id", places)
+        one_shard.make_shard([manifest], places[:4], 0, out, 0, settings.codec, "id", places)
     assert not (out / ".records").exists()
     with pytest.raises(DataError, match=r"4 of 4 rows cannot be read"):  # gone before its first row
         make_shards([manifest], out, settings, workers=1)
