@@ -91,7 +91,7 @@ def make_trainer(cfg: DictConfig, run_folder: Path, metrics: RunMetrics, *others
         ConfigError: no number of steps, a limit on batches, or processes that do not know of each other.
     """
     steps, batches = cfg.trainer.get("max_steps", -1), cfg.trainer.get("limit_train_batches", 1.0)
-    if steps < 1:
+    if steps is None or steps < 1:
         raise ConfigError(
             f"trainer.max_steps must be positive, got {steps}: streams have no end. +trainer.max_time=DD:HH:MM:SS ends "
             "a run earlier"

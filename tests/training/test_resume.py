@@ -154,6 +154,7 @@ def test_a_run_that_is_ended_early_is_saved_and_goes_on_exactly(pretrain_config,
     [
         ("trainer.max_steps=-1", r"trainer\.max_steps must be positive, got -1.*max_time"),
         ("~trainer.max_steps", r"trainer\.max_steps must be positive"),
+        ("trainer.max_steps=null", r"trainer\.max_steps must be positive, got None"),
         ("+trainer.limit_train_batches=3", r"limit_train_batches: .* set trainer\.max_steps"),
     ],
 )
