@@ -17,7 +17,9 @@ import pytest
 from nemo_slam.data import index as index_module
 from nemo_slam.data import index_folder
 from nemo_slam.data.bad_rows import BadRow, DataError
+from nemo_slam.data.config import TextConfig
 from nemo_slam.data.index import Index, open_index
+from nemo_slam.data.text import TextStream
 
 COLUMNS = {"length": "<i4", "line": "<i4"}
 
@@ -307,3 +309,14 @@ def test_another_version_is_not_used(source, tmp_path):
     (folder / "meta.json").write_text(json.dumps({**meta, "version": 0}))
     open_numbers([source], log=log)
     assert log.read_text() == "scan\n" * 2
+
+
+def test_another_text_of_the_same_lengths_is_other_data(tmp_path, tokenizer):
+    """What a resume compares: the tokens count, where the text lies does not."""
+    found = {}
+    for folder, words in (("first", ["baden kefal", "mofal"]), ("moved", ["baden kefal", "mofal"]), ("other", None)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("\n".join(words or ["kefal baden", "mofal"]) + "\n")
+        found[folder] = TextStream(TextConfig([str(tmp_path / folder / "a.txt")], 100), tokenizer, seed=0).index
+    assert found["first"].length.tolist() == found["other"].length.tolist()
+    assert found["first"].meta["digest"] == found["moved"].meta["digest"] != found["other"].meta["digest"]

@@ -323,17 +323,6 @@ def test_wrong_tokenizer_is_named(shared_corpus, tmp_path):
         TextStream(config, tmp_path / "bad.model", seed=0)
 
 
-def test_another_text_of_the_same_lengths_is_other_data(tmp_path, tokenizer):
-    """What a resume compares: the tokens count, where the text lies does not."""
-    found = {}
-    for folder, words in (("first", ["baden kefal", "mofal"]), ("moved", ["baden kefal", "mofal"]), ("other", None)):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.txt").write_text("\n".join(words or ["kefal baden", "mofal"]) + "\n")
-        found[folder] = TextStream(TextConfig([str(tmp_path / folder / "a.txt")], 100), tokenizer, seed=0).index
-    assert found["first"].length.tolist() == found["other"].length.tolist()
-    assert found["first"].meta["digest"] == found["moved"].meta["digest"] != found["other"].meta["digest"]
-
-
 # ---------------------------------------------------------------- pairs
 
 
