@@ -71,6 +71,16 @@ def test_synthetic_names_how_many_sentences_it_has(tmp_path, sentences):
         prepare("synthetic", tmp_path, sentences=sentences)
 
 
+@pytest.mark.parametrize("sequences", [-3, 0, 49])
+def test_too_small_an_oracle_language_is_refused_and_a_finished_one_kept(tmp_path, sequences):
+    root = prepare("oracle_language", tmp_path / "o", sequences=50)
+    marker = (root / "corpus.json").read_text()
+    assert all(_rows(root, f"speech_{split}") for split in SPLITS)
+    with pytest.raises(ValueError, match=f"sequences {sequences}: expected at least 50"):
+        prepare("oracle_language", root, sequences=sequences)
+    assert (root / "corpus.json").read_text() == marker
+
+
 def test_without_espeak_the_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "espeakng_loader", None)
     with pytest.raises(CorpusError, match="pip install espeakng-loader"):

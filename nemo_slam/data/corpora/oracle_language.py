@@ -22,6 +22,7 @@ TONES = 3  # of a chord
 FREQUENCIES = (200.0, 6000.0)  # hertz
 LENGTHS = (3, 8)  # words of a sequence
 SEQUENCES = 8000
+FEWEST = 50  # with fewer, the hash may leave dev or test empty
 NOISE = 0.1  # standard deviation, where a chord has 0.3 or so
 
 
@@ -33,8 +34,11 @@ def prepare(root: Path, sequences: int | None = None) -> Path:
         sequences: how many, over all splits; no text is in two splits. None: ``SEQUENCES``, or what is there.
 
     Raises:
+        ValueError: fewer than ``FEWEST`` sequences.
         CorpusError: ``root`` holds another corpus.
     """
+    if sequences is not None and sequences < FEWEST:
+        raise ValueError(f"sequences {sequences}: expected at least {FEWEST}")
     request = {"sequences": sequences, "version": VERSION}
     return prepare_once(root, "oracle_language", request, lambda: _build(root, sequences or SEQUENCES))
 
