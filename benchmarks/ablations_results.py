@@ -58,7 +58,10 @@ def held_out(metrics: Path) -> dict[str, float]:
     with metrics.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("val_loss")]
     if not rows:
-        raise ValueError(f"{metrics} has no row with val_loss: the run was never validated")
+        raise ValueError(
+            f"{metrics} has no row with val_loss: the run was never validated, or ended in its only validation. Delete "
+            f"{metrics.parent}; the same command trains it again"
+        )
     values = {figure.title: figure.of(rows[-1]) for figure in FIGURES}
     return {title: value for title, value in values.items() if value is not None}
 

@@ -170,12 +170,24 @@ def stage1_figures(folder: Path) -> dict[str, float]:
     Gains in nat, margins as shares. contrastive_margin: over the accuracy with another utterance's context;
     code_accuracy_margin: over always saying the commonest code; text_gain: masked tokens' cross entropy below that of
     the training text's unigram.
+
+    Exits where the run was ended in its last validation: the figures of the one before would pass for those of its end.
     """
     import pandas
+    import yaml
 
     rows = pandas.read_csv(folder / "metrics.csv")
+    trainer = yaml.safe_load((folder / "config.yaml").read_text())["trainer"]
+    batches = trainer["max_steps"] * trainer["accumulate_grad_batches"]
+    last = (batches - batches % trainer["val_check_interval"]) // trainer["accumulate_grad_batches"]
+    validated = rows[rows["val_loss"].notna() & (rows["step"] == last)] if "val_loss" in rows else rows[:0]
+    if validated.empty:
+        sys.exit(
+            f"learning: {folder / 'metrics.csv'} has no validation of step {last}, where the last one is due: the run "
+            "was ended before it. Delete the folder; the same command trains it again"
+        )
     train = rows.dropna(subset=["loss"]).tail(5).mean()
-    held_out = rows.dropna(subset=["val_loss"]).iloc[-1]
+    held_out = validated.iloc[-1]
     speech = "masked_speech"
     figures = {
         "train_information_gain": train[f"{speech}/code_information_gain"],
