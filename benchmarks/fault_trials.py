@@ -28,6 +28,7 @@ class Outcome:
         may_lose: steps that may have to be done again: those since a checkpoint.
         wrong: how a promise was broken; empty if none was.
         note: what the program said or did.
+        commit: of the code that was hurt.
     """
 
     trial: int
@@ -42,6 +43,7 @@ class Outcome:
     note: str = ""
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    commit: str = ""
 
     @property
     def lost(self) -> int:

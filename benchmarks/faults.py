@@ -1,6 +1,6 @@
 """Hurts training runs and checks the promise: finished work is never lost, and what resumes is exact.
 
-    python benchmarks/faults.py                             # 60 trials; the same command goes on where it stopped
+    python benchmarks/faults.py                             # 60 trials; interrupted, the same command goes on
     python benchmarks/faults.py --trials 5 --only kill_9
     python benchmarks/faults.py --seed 123 --trial 17       # repeats one
 
@@ -75,6 +75,14 @@ def other_kinds(outcomes: list[Any], kinds: list[str]) -> str:
     return f"trial {other[0].trial} of {other[0].fault}, begun with another choice of faults" if other else ""
 
 
+def not_of_now(outcomes: list[Any], numbers: list[int], commit: str) -> str:
+    """Why these outcomes do not speak for today's code, or nothing."""
+    others = sorted({outcome.commit or "unknown" for outcome in outcomes if outcome.commit != commit})
+    if others:
+        return f"trials of commit {', '.join(others)}, not {commit}"
+    return "" if {*numbers} - {outcome.trial for outcome in outcomes} else "all of these trials already"
+
+
 def processor_seconds() -> float:
     """Of this process and of all that have ended under it."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -86,10 +94,14 @@ def run_trials(lab: Any, numbers: list[int], kinds: list[str], outcomes: list[An
     from fault_kinds import FAULTS
     from fault_trials import Trial
 
+    from nemo_slam.training.environment import environment
+
+    commit = environment()["commit"]
     for number in numbers:
         if any(outcome.trial == number for outcome in outcomes):
             continue
         trial = Trial(lab, number, kinds[number % len(kinds)])
+        trial.outcome.commit = commit
         began, used = time.perf_counter(), processor_seconds()
         FAULTS[trial.outcome.fault](trial)
         trial.outcome.seconds = round(time.perf_counter() - began, 1)
@@ -145,8 +157,10 @@ def main() -> int:
         parser.error(f"{options.out} holds trials of seed {outcomes[0].seed}: name another --out, or remove it")
     elif problem := other_kinds(outcomes, kinds):
         parser.error(f"{options.out} holds {problem}: name another --out, or remove it")
-    print(f"seed {seed}; --seed {seed} --trial N repeats trial N (with the same --only)", flush=True)
     numbers = [options.trial] if options.trial is not None else list(range(options.trials))
+    if outcomes and (problem := not_of_now(outcomes, numbers, environment()["commit"])):
+        parser.error(f"{options.out} holds {problem}: name another --out, or remove it")
+    print(f"seed {seed}; --seed {seed} --trial N repeats trial N (with the same --only)", flush=True)
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         run_trials(Lab(Path(folder), seed), numbers, kinds, outcomes, options.out)
     rows = summary(outcomes)

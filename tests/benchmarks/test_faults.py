@@ -74,6 +74,31 @@ def test_a_trial_is_repeated_beside_what_the_trials_left(tmp_path, monkeypatch, 
     assert len(ran) == 1
 
 
+def test_trials_of_other_code_or_long_done_are_not_todays_result(tmp_path, monkeypatch, capsys):
+    """A second `make faults` would hurt nothing, and write the old trials down as those of today's commit."""
+    from nemo_slam.training import environment
+
+    now = "ba9876543210"
+    monkeypatch.setattr(environment, "_commit", lambda: now)
+    out, ran = tmp_path / "faults.jsonl", []
+    monkeypatch.setattr(faults, "run_trials", lambda lab, numbers, *rest: ran.append(numbers))
+    arguments = ["faults.py", "--out", str(out), "--only", "kill_9", "--trials"]
+    for commit, trials, said in (
+        ("0123456789ab", "2", f"holds trials of commit 0123456789ab, not {now}"),
+        (now, "1", "holds all of these trials already: name another --out"),
+        (now, "2", None),
+    ):
+        out.write_text(json.dumps(asdict(Outcome(0, "kill_9", 7, commit=commit))) + "\n")
+        monkeypatch.setattr(sys, "argv", [*arguments, trials])
+        if said is None:
+            assert faults.main() == 0
+            continue
+        with pytest.raises(SystemExit):
+            faults.main()
+        assert said in capsys.readouterr().err
+    assert ran == [[0, 1]]
+
+
 def test_a_soak_that_slows_down_and_grows_is_told():
     def sample(second: int) -> dict[str, float]:
         step = 2 * second if second < 50 else 100 + (second - 50)
