@@ -8,6 +8,7 @@ Every step is one of the project's own commands, printed before it runs. Running
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 SCRIPTS = Path(__file__).resolve().parent
 KILL_AFTER_SAVES = 1
@@ -46,7 +48,11 @@ def run(script: str, *arguments: object) -> None:
     print("$ python", shlex.join(["scripts/" + script, *map(str, arguments)]), flush=True)
     status = subprocess.run(command(script, *arguments), check=False).returncode
     if status:
-        sys.exit(f"demo: {script} ended with status {status}; mend what it says above and run the demo again")
+        stop(script, status)
+
+
+def stop(script: str, status: int) -> NoReturn:
+    sys.exit(f"demo: {script} ended with status {status}; mend what it says above and run the demo again")
 
 
 def run_and_kill(script: str, checkpoints: Path, *arguments: object) -> None:
@@ -55,10 +61,13 @@ def run_and_kill(script: str, checkpoints: Path, *arguments: object) -> None:
     process = subprocess.Popen(command(script, *arguments))
     while process.poll() is None and len(list(checkpoints.glob("*.ckpt"))) < KILL_AFTER_SAVES:
         time.sleep(0.2)
-    time.sleep(5)  # some steps past the checkpoint, to be repeated
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)  # some steps past the checkpoint, to be repeated
     process.kill()
-    process.wait()
-    print("killed (SIGKILL); the same command again:", flush=True)
+    if (status := process.wait()) > 0:
+        stop(script, status)
+    how = "killed (SIGKILL)" if status else "ended before it could be killed"
+    print(f"{how}; the same command again:", flush=True)
 
 
 def steps(number: int) -> list[str]:
