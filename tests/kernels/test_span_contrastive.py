@@ -95,6 +95,20 @@ def test_equal_distractor_is_not_a_hit(backend):
     assert correct.tolist() == [False, True, True, False]
 
 
+def test_equal_distractor_is_not_a_hit_for_rounding(backend):
+    """Vectors of few codes, each known up to the last bit, as a straight-through quantizer gives them."""
+    g = torch.Generator().manual_seed(0)
+    rows = 40 if INTERPRETED else 300
+    codes = torch.arange(rows) % 4
+    exact = torch.randn(4, 100, generator=g)[codes]
+    targets = exact * (1 + torch.finfo(torch.float32).eps * torch.randint(-1, 2, (rows, 1), generator=g))
+    drawn = (torch.arange(rows)[:, None] + 4 * torch.arange(1, 6)) % rows
+    assert torch.equal(codes[drawn], codes[:, None].expand(-1, 5))
+    contexts = torch.randn(rows, 100, generator=g)
+    _, correct = span_contrastive(contexts, targets, drawn, temperature=0.1, backend=backend)
+    assert not correct.any()
+
+
 def test_same_bits_twice(backend):
     contexts, targets, drawn = problem(60, 16, 10)
 

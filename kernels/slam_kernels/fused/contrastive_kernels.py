@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from ..reference.span_contrastive import EPS as _EPS
+from ..reference.span_contrastive import TIE as _TIE
 
 EPS = tl.constexpr(_EPS)
+TIE = tl.constexpr(_TIE)
 
 
 @triton.jit
@@ -59,7 +61,7 @@ def contrastive_rows(
     tl.store(OWN + m, own)
     some = rival > -float("inf")
     tl.store(LOSS + m, tl.where(some, lse - own, 0.0))
-    tl.store(CORRECT + m, ((own > rival) & some).to(tl.int8))
+    tl.store(CORRECT + m, ((own > rival + TIE * inverse_temperature) & some).to(tl.int8))
 
 
 @triton.jit

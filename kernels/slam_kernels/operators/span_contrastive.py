@@ -31,8 +31,8 @@ def span_contrastive(
     Returns:
         ``loss_sum`` *Shape:* ``()`` float32 (float64 for float64), differentiable in contexts and targets; a row
         without distractors adds 0, M = 0 gives a 0 that is connected to both. ``correct`` *Shape:* ``(M,)`` bool: the
-        positive is strictly more similar than every distractor; False for rows without distractors (leave those out of
-        averages).
+        positive is more similar than every distractor, by over 2**-18 of cosine, lest rounding tell it from
+        an equal vector; False for rows without distractors (leave those out of averages).
     """
     if contexts.dim() != 2 or not contexts.is_floating_point():
         raise ValueError(

@@ -9,6 +9,9 @@ CHUNK = 128
 
 EPS = 1e-8
 
+TIE = 2.0**-18
+"""Cosines as near as this are equal: of one vector, two ways of summing in float32 give cosines that differ less."""
+
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     """Rows divided by their length, at least 1e-8. *Shape:* ``(M, D)`` -> ``(M, D)``."""
@@ -53,5 +56,5 @@ def _loss(
         some = present.any(1)
         losses.append(((logits.logsumexp(1) - own) * some).sum())
         rival = similarity.detach().masked_fill(counts == 0, float("-inf")).amax(1)
-        correct.append((own > rival) & some)
+        correct.append((own > rival + TIE / temperature) & some)
     return torch.stack(losses).sum(), torch.cat(correct)
