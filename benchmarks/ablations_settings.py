@@ -75,9 +75,11 @@ class Ablations:
                 ("model.objectives.masked_speech.masking.start_probability=0.129",),
             ),
             "text_mask_0.3": Variant("masked text: 30%, not 15%", ("model.objectives.masked_text.masking.rate=0.3",)),
-            "group_norm_padded": Variant("GroupNorm as NeMo has it, padding counted", norm="group_norm"),
+            "group_norm_padded": Variant(
+                "GroupNorm as NeMo has it, padding counted; in fine-tuning too", norm="group_norm"
+            ),
             "batch_norm": Variant(
-                "BatchNorm as NeMo has it, padding counted; its running statistics go on after pre-training",
+                "BatchNorm as NeMo has it, padding counted; in fine-tuning too, where its running statistics go on",
                 norm="batch_norm",
             ),
         }
