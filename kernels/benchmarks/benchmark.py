@@ -128,10 +128,9 @@ def time_workload(work: workloads.Workload, meter: Meter, bandwidth: float) -> l
 
 
 def _both(function, inputs, grad) -> None:
-    out = function()
+    function().backward(grad)
     for tensor in inputs:
-        tensor.grad = None
-    out.backward(grad)
+        tensor.grad = None  # not before: the memory of one call's gradients would be taken for the next one's inputs
 
 
 def show(rows: list[dict], failing: set[str] | None) -> None:

@@ -135,3 +135,14 @@ def test_a_finished_report_of_the_gpu_tests_is_read(tmp_path):
     assert benchmark.is_red("gumbel_noise", found)
     assert not benchmark.is_red("span_contrastive", found)
     assert benchmark.failing_operators(tmp_path / "none.xml") is None
+
+
+def test_gradients_are_in_the_memory_of_a_call():
+    """What is held before a call counts as its inputs."""
+    x = torch.ones(3, requires_grad=True)
+    seen = []
+    x.register_hook(seen.append)
+    for _ in range(2):
+        benchmark._both(lambda: x * 2, [x], torch.ones(3))
+        assert x.grad is None
+    assert [grad.tolist() for grad in seen] == [[2.0] * 3] * 2

@@ -19,6 +19,7 @@ FILES = (
     "test_masked_cross_entropy.py",
     "test_triton_registration.py",
     "test_triton_addresses.py",
+    "test_triton_device.py",
 )
 
 pytest.importorskip("triton", reason="the Triton kernels need triton (pip install --no-deps triton==3.7.1)")

@@ -83,11 +83,12 @@ def forward_op(
     through = mask.cumsum(0)
     index = torch.empty_like(through)
     quads = power_of_two(triton.cdiv(width, 4), least=4, most=256)
-    replace_rows[(rows, triton.cdiv(width, 4 * quads))](
-        x, mask.view(torch.int8), through, cu_seqlens, example_ids, epochs, x if vector is None else vector, y, index,
-        sequences, key, std, D=width, STEPS=search_steps(sequences), QUADS=quads, LEARNED=vector is not None,
-        num_warps=4 if quads > 64 else 1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        replace_rows[(rows, triton.cdiv(width, 4 * quads))](
+            x, mask.view(torch.int8), through, cu_seqlens, example_ids, epochs, x if vector is None else vector, y,
+            index, sequences, key, std, D=width, STEPS=search_steps(sequences), QUADS=quads, LEARNED=vector is not None,
+            num_warps=4 if quads > 64 else 1, enable_fp_fusion=False,
+        )  # fmt: skip
     return y, index[: int(through[-1])].clone()
 
 
@@ -107,10 +108,11 @@ def backward_op(grad: Tensor, mask: Tensor, learned: bool) -> tuple[Tensor, Tens
     blocks = triton.cdiv(rows, 32)
     partials = grad.new_empty(blocks if learned else 0, width, dtype=compute)
     if rows and width:
-        replace_rows_backward[(blocks, triton.cdiv(width, columns))](
-            grad, mask.view(torch.int8), dx, partials, rows,
-            D=width, ROWS=32, COLUMNS=columns, LEARNED=learned, ACC=acc, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(grad):
+            replace_rows_backward[(blocks, triton.cdiv(width, columns))](
+                grad, mask.view(torch.int8), dx, partials, rows,
+                D=width, ROWS=32, COLUMNS=columns, LEARNED=learned, ACC=acc, num_warps=4,
+            )  # fmt: skip
     return dx, partials.sum(0) if learned else grad.new_empty(0, dtype=compute)
 
 

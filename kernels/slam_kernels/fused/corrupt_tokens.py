@@ -54,11 +54,12 @@ def corrupt_tokens_op(
         return out, mask.nonzero().squeeze(1)
     through = mask.cumsum(0)
     index = torch.empty_like(through)
-    corrupt_rows[(triton.cdiv(rows, 128),)](
-        tokens, mask.view(torch.int8), through, cu_seqlens, example_ids, epochs, out, index,
-        rows, sequences, key, mask_id, vocab_size, masks, changes,
-        STEPS=search_steps(sequences), BLOCK=128, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+        corrupt_rows[(triton.cdiv(rows, 128),)](
+            tokens, mask.view(torch.int8), through, cu_seqlens, example_ids, epochs, out, index,
+            rows, sequences, key, mask_id, vocab_size, masks, changes,
+            STEPS=search_steps(sequences), BLOCK=128, num_warps=4,
+        )  # fmt: skip
     return out, index[: int(through[-1])].clone()
 
 

@@ -186,7 +186,8 @@ def forward_op(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`run_forward`. ``out_dtype`` is x's, or wider in tests of the arithmetic."""
-    return run_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, cu_seqlens, num_groups, eps, out_dtype)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        return run_forward(x, conv_weight, conv_bias, norm_weight, norm_bias, cu_seqlens, num_groups, eps, out_dtype)
 
 
 @forward_op.register_fake
@@ -215,9 +216,10 @@ def backward_op(
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`run_backward`. ``grad_dtype`` is x's, or wider in tests of the arithmetic."""
-    return run_backward(
-        grad, x, conv_weight, conv_bias, norm_weight, norm_bias, cu_seqlens, mean, rstd, num_groups, grad_dtype
-    )
+    with torch.cuda.device_of(x):
+        return run_backward(
+            grad, x, conv_weight, conv_bias, norm_weight, norm_bias, cu_seqlens, mean, rstd, num_groups, grad_dtype
+        )
 
 
 @backward_op.register_fake

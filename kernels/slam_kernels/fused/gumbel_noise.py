@@ -41,10 +41,11 @@ def gumbel_noise_op(
     out = index.new_empty(count, num, dtype=dtype)
     if count:
         quads = power_of_two(triton.cdiv(num, 4), most=128)
-        draw_gumbel[(triton.cdiv(count, 4), triton.cdiv(num, 4 * quads))](
-            index, cu_seqlens, example_ids, epochs, out, count, sequences, key,
-            NUM=num, STEPS=search_steps(sequences), ROWS=4, QUADS=quads, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+        with torch.cuda.device_of(index):  # Triton launches on the current device
+            draw_gumbel[(triton.cdiv(count, 4), triton.cdiv(num, 4 * quads))](
+                index, cu_seqlens, example_ids, epochs, out, count, sequences, key,
+                NUM=num, STEPS=search_steps(sequences), ROWS=4, QUADS=quads, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
     return out
 
 

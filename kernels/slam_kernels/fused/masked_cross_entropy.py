@@ -55,9 +55,11 @@ def forward_op(
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
         logits = _product(hidden.index_select(0, index[part]), weight.t(), compute)
-        kernels.cross_entropy_rows[(logits.shape[0],)](
-            logits, logits if bias is None else bias, targets[part], losses[part], lse[part], correct[part], **constants
-        )
+        results = losses[part], lse[part], correct[part]
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            kernels.cross_entropy_rows[(logits.shape[0],)](
+                logits, logits if bias is None else bias, targets[part], *results, **constants
+            )
     return losses.sum(), correct.to(torch.bool), lse
 
 
@@ -89,9 +91,10 @@ def backward_op(
         selected = hidden.index_select(0, index[part])
         logits = _product(selected, weight.t(), compute)
         slopes = torch.empty_like(logits, dtype=hidden.dtype)
-        kernels.cross_entropy_gradient[(logits.shape[0],)](
-            grad, logits, logits if bias is None else bias, targets[part], lse[part], slopes, **constants
-        )
+        with torch.cuda.device_of(hidden):
+            kernels.cross_entropy_gradient[(logits.shape[0],)](
+                grad, logits, logits if bias is None else bias, targets[part], lse[part], slopes, **constants
+            )
         # The rows of an index are distinct: nothing is added up here, so no order matters.
         dhidden.index_copy_(0, index[part], slopes @ weight)
         dweight += _product(slopes.t(), selected, compute)

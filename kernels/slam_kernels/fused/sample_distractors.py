@@ -46,10 +46,11 @@ def sample_distractors_op(
     if count:
         bounds = torch.searchsorted(index, cu_seqlens.to(torch.int64))
         quads = power_of_two(triton.cdiv(num, 4), most=32)
-        draw_distractors[(triton.cdiv(count, 8), triton.cdiv(num, 4 * quads))](
-            index, bounds, cu_seqlens, example_ids, epochs, out, count, sequences, key,
-            NUM=num, STEPS=search_steps(sequences), ROWS=8, QUADS=quads, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(index):  # Triton launches on the current device
+            draw_distractors[(triton.cdiv(count, 8), triton.cdiv(num, 4 * quads))](
+                index, bounds, cu_seqlens, example_ids, epochs, out, count, sequences, key,
+                NUM=num, STEPS=search_steps(sequences), ROWS=8, QUADS=quads, num_warps=4,
+            )  # fmt: skip
     return out
 
 

@@ -114,16 +114,18 @@ def sample_spans_op(
     sequences = example_ids.numel()
     if budget:
         mask = torch.zeros(rows, dtype=torch.int8, device=cu_seqlens.device)
-        spans_by_budget[(sequences,)](
-            cu_seqlens, example_ids, epochs, mask, key, threshold, SPAN=span, BLOCK=256, num_warps=4
-        )
+        with torch.cuda.device_of(cu_seqlens):  # Triton launches on the current device
+            spans_by_budget[(sequences,)](
+                cu_seqlens, example_ids, epochs, mask, key, threshold, SPAN=span, BLOCK=256, num_warps=4
+            )
     else:
         mask = torch.empty(rows, dtype=torch.int8, device=cu_seqlens.device)
         if rows:
-            spans_by_start[(triton.cdiv(rows, 128),)](
-                cu_seqlens, example_ids, epochs, mask, rows, sequences, key, threshold,
-                SPAN=span, STEPS=search_steps(sequences), BLOCK=128, num_warps=4,
-            )  # fmt: skip
+            with torch.cuda.device_of(cu_seqlens):
+                spans_by_start[(triton.cdiv(rows, 128),)](
+                    cu_seqlens, example_ids, epochs, mask, rows, sequences, key, threshold,
+                    SPAN=span, STEPS=search_steps(sequences), BLOCK=128, num_warps=4,
+                )  # fmt: skip
     return mask.to(torch.bool)
 
 

@@ -41,12 +41,14 @@ def forward_op(
     correct = contexts.new_empty(rows, dtype=torch.int8)
     if rows:
         constants = _constants(width, num, contexts.dtype)
-        for vectors, scale in ((contexts, context_scale), (targets, target_scale)):
-            kernels.inverse_lengths[(rows,)](vectors, scale, D=width, WIDTH=constants["WIDTH"], ACC=acc, num_warps=4)
-        kernels.contrastive_rows[(rows,)](
-            contexts, targets, distractors, context_scale, target_scale, logits, lse, own, losses, correct,
-            1.0 / temperature, **constants,
-        )  # fmt: skip
+        padded = constants["WIDTH"]
+        with torch.cuda.device_of(contexts):  # Triton launches on the current device
+            for vectors, scale in ((contexts, context_scale), (targets, target_scale)):
+                kernels.inverse_lengths[(rows,)](vectors, scale, D=width, WIDTH=padded, ACC=acc, num_warps=4)
+            kernels.contrastive_rows[(rows,)](
+                contexts, targets, distractors, context_scale, target_scale, logits, lse, own, losses, correct,
+                1.0 / temperature, **constants,
+            )  # fmt: skip
     return losses.sum(), correct.to(torch.bool), logits, lse, own, context_scale, target_scale
 
 
@@ -82,15 +84,17 @@ def backward_op(
     if rows:
         constants = _constants(width, distractors.shape[1], contexts.dtype)
         shared = (context_scale, target_scale, logits, lse, own)
-        kernels.context_gradient[(rows,)](
-            grad, contexts, targets, distractors, *shared, dcontexts, 1.0 / temperature, **constants
-        )
+        with torch.cuda.device_of(contexts):
+            kernels.context_gradient[(rows,)](
+                grad, contexts, targets, distractors, *shared, dcontexts, 1.0 / temperature, **constants
+            )
         # Places fit 32 bits up to 2**31 rows: half the bytes for the sort. It is stable, so equal targets keep order.
         drawn, order = torch.sort(distractors.reshape(-1).to(torch.int32), stable=True)
         bounds = torch.searchsorted(drawn, torch.arange(rows + 1, dtype=torch.int32, device=drawn.device))
-        kernels.target_gradient[(rows,)](
-            grad, contexts, targets, order, bounds, *shared, dtargets, 1.0 / temperature, **constants
-        )
+        with torch.cuda.device_of(contexts):
+            kernels.target_gradient[(rows,)](
+                grad, contexts, targets, order, bounds, *shared, dtargets, 1.0 / temperature, **constants
+            )
     return dcontexts, dtargets
 
 
