@@ -17,8 +17,9 @@ from nemo_slam.data.negatives import Negatives, add_neighbourhood, text_hash, to
 from nemo_slam.data.remote import Source
 from nemo_slam.data.sampling import PURPOSE_PAIRS
 from nemo_slam.data.stream import Stream
-from nemo_slam.data.tar import TarMembers
+from nemo_slam.data.tar import TarMembers, identity
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+from nemo_slam.data.unknown_tokens import OF_PRETRAINING, refuse_other_text
 
 TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4", "text_hash": "<u8", "tokens_hash": "<u8", "lang": "<i4"}
 
@@ -54,7 +55,7 @@ class PairStream(Stream):
                 "durations": [config.min_duration, config.max_duration],
                 "max_tokens": config.max_tokens,
                 "tokenizer": model.digest,
-                "tars": len(tars or []),
+                "tars": identity(tars),
             },
             (COLUMNS if tars is None else COLUMNS | TAR_COLUMNS) | TEXT_COLUMNS,
             lambda builder: _scan(builder, self.sources, tars, config, model),
@@ -72,6 +73,8 @@ class PairStream(Stream):
                 f"stream {name!r}: all {len(index)} rows have the same text, but matching needs a text that does not "
                 "belong to the utterance. Give manifests with at least two different texts"
             )
+        unknown, total = index.meta["unknown_tokens"], int(index.tokens_length.sum())
+        refuse_other_text(unknown, total, f"text of the pairs in {self.sources[0]}", model, OF_PRETRAINING)
         self._audio = AudioRows(self, self.sources, tars)
         self._tokens = TokenReader(index.folder, model.dtype)
         self._negatives = Negatives(index, seed, config.negatives, config.neighbours)
@@ -126,13 +129,14 @@ def _scan(
             encoded = model.encode([row.text for row, _ in chunk])
             for (row, values), tokens in zip(chunk, encoded, strict=True):
                 try:
-                    unknown += model.check(tokens)
+                    strange = model.check(tokens)
                 except RowError as error:
                     builder.add_bad(BadRow(str(manifests[values[1]]), values[2], str(error)))
                     continue
                 if len(tokens) > config.max_tokens:
                     builder.filtered[too_long] += 1
                     continue
+                unknown += strange
                 language = languages.setdefault(row.lang, len(languages))
                 hashes = text_hash(row.text), tokens_hash(tokens)
                 builder.add(*values, writer.append(tokens), len(tokens), *hashes, language)

@@ -17,6 +17,7 @@ from nemo_slam.data.manifest import RowError, expand_paths, parse_json, scan_lin
 from nemo_slam.data.sampling import PURPOSE_TEXT
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+from nemo_slam.data.unknown_tokens import OF_PRETRAINING, refuse_other_text
 
 COLUMNS = {"length": "<i4", "start": "<i8", "file": "<i4", "line": "<i4"}
 _JSON_SUFFIXES = (".json", ".jsonl")
@@ -77,8 +78,12 @@ class TextStream(Stream):
 def open_text_index(
     config: TextConfig, sources: list[Path], model: Tokenizer, scan: Callable[[IndexBuilder], None] | None = None
 ) -> Index:
-    """Opens the index of a text stream; ``scan`` fills it where there is none, by default `scan_text`."""
-    return open_index(
+    """Opens the index of a text stream; ``scan`` fills it where there is none, by default `scan_text`.
+
+    Raises:
+        DataError: more than 5% of the tokens are unknown to the tokenizer.
+    """
+    index = open_index(
         "text",
         sources,
         {"tokens": [config.min_tokens, config.max_tokens], "tokenizer": model.digest},
@@ -86,6 +91,9 @@ def open_text_index(
         scan or (lambda builder: scan_text(builder, sources, config, model)),
         config.cache_dir,
     )
+    unknown, total = index.meta["unknown_tokens"], index.meta["total_length"]
+    refuse_other_text(unknown, total, f"text in {sources[0]}", model, OF_PRETRAINING)
+    return index
 
 
 def scan_text(builder: IndexBuilder, paths: list[Path], config: TextConfig, model: Tokenizer) -> None:
@@ -97,13 +105,14 @@ def scan_text(builder: IndexBuilder, paths: list[Path], config: TextConfig, mode
             for chunk in _chunks(builder, path):
                 for (line, _), tokens in zip(chunk, model.encode([text for _, text in chunk]), strict=True):
                     try:
-                        unknown += model.check(tokens)
+                        strange = model.check(tokens)
                     except RowError as error:
                         builder.add_bad(BadRow(str(path), line, str(error)))
                         continue
                     if len(tokens) < config.min_tokens:
                         builder.filtered[too_short] += 1
                         continue
+                    unknown += strange
                     pieces = split_evenly(tokens, config.max_tokens)
                     split += len(pieces) > 1
                     for piece in pieces:

@@ -90,9 +90,13 @@ def ensure_tokenizer(root: str | Path, vocab_size: int, allow_smaller: bool = Tr
 def read_lines(file: Path) -> Iterator[str]:
     """Yields the sentences of a text file, or the `text` of a manifest's rows. Empty ones are skipped."""
     is_manifest = file.suffix in (".json", ".jsonl")
-    with file.open(encoding="utf-8") as rows:
+    with file.open("rb") as rows:
         for number, row in enumerate(rows, 1):
-            if not (text := row.strip()):
+            try:
+                text = row.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file}:{number}: not UTF-8 (byte 0x{row[error.start]:02x})") from None
+            if not text:
                 continue
             if is_manifest:
                 try:

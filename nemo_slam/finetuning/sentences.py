@@ -15,8 +15,8 @@ from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.stream import Stream
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+from nemo_slam.data.unknown_tokens import OF_SOURCES, OF_TARGETS, refuse_other_text
 from nemo_slam.finetuning.config import SentencesConfig
-from nemo_slam.finetuning.unknown_tokens import OF_SOURCES, OF_TARGETS, refuse_other_text
 
 # `length` and the three that follow it lie end to end from `start`: first text, second text, target.
 COLUMNS = {"length": "<i4", "file": "<i4", "line": "<i4", "start": "<i8", "first": "<i4", "second": "<i4"}

@@ -10,7 +10,7 @@ from nemo.collections.asr.losses.ctc import CTCLoss
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_slam.data.audio import SAMPLE_RATE
+from nemo_slam.data.audio import SAMPLE_RATE, check_sample_rate
 from nemo_slam.data.bad_rows import BadRows
 from nemo_slam.finetuning.loader import Collate
 from nemo_slam.finetuning.pretrained import encoder_node
@@ -37,11 +37,17 @@ class SpeechTask(Task):
         return train_once(folder, cfg.data, "text_key", read_texts, cfg.tokenizer.vocab_size, **options)
 
     def model_node(self) -> DictConfig:
-        """Nothing in it that NeMo does not read."""
+        """Nothing in it that NeMo does not read.
+
+        Raises:
+            ConfigError: features of another rate than audio is read at.
+        """
         cfg = OmegaConf.create(OmegaConf.to_container(self.cfg))  # interpolations are kept: some name the width
         cfg.model.encoder = encoder_node(plain(cfg.model.encoder), self.pretrained)
         if self.pretrained is not None:
             cfg.model.preprocessor = self.pretrained.preprocessor
+        check_sample_rate(cfg.model.sample_rate, "model.sample_rate")
+        check_sample_rate(cfg.model.preprocessor.get("sample_rate", SAMPLE_RATE), "model.preprocessor.sample_rate")
         cfg.model.tokenizer.dir = str(self.tokenizer_dir())
         cfg.model.train_ds = cfg.model.validation_ds = None  # the loaders are ours, see stock_datasets()
         return OmegaConf.create(plain(cfg.model))
@@ -80,7 +86,7 @@ class SpeechTask(Task):
                 "shuffle": split == "train_ds",
                 "num_workers": 0,
                 "pin_memory": True,
-                "use_start_end_token": False,
+                "use_start_end_token": "transf_decoder" in self.cfg.model,  # as collate() does
             }
         return nodes
 

@@ -19,10 +19,10 @@ from nemo_slam.data.config import parse_stream
 from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import Files, RowError, expand_paths, parse_json, scan_lines, string_value
 from nemo_slam.data.stream import Stream
-from nemo_slam.data.tar import TarMembers
+from nemo_slam.data.tar import TarMembers, identity
 from nemo_slam.data.token_file import Tokenizer, TokenReader, TokenWriter
+from nemo_slam.data.unknown_tokens import OF_TARGETS, refuse_other_text
 from nemo_slam.finetuning.config import TranscriptConfig
-from nemo_slam.finetuning.unknown_tokens import OF_TARGETS, refuse_other_text
 
 TEXT_COLUMNS = {"start": "<i8", "tokens_length": "<i4"}
 PURPOSE_TRANSCRIPTS = 5
@@ -113,7 +113,7 @@ class TranscriptStream(Stream):
                 "durations": [config.min_duration, config.max_duration],
                 "text_key": config.text_key,
                 "tokenizer": model.digest,
-                "tars": len(tars or []),
+                "tars": identity(tars),
                 "limits": vars(limits),
             },
             (COLUMNS if tars is None else COLUMNS | TAR_COLUMNS) | TEXT_COLUMNS,

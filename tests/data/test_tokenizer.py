@@ -166,6 +166,13 @@ def test_manifests_and_texts_together(tmp_path):
     assert 0 not in model.encode("ñandú está")
 
 
+@pytest.mark.parametrize("name", ["text.txt", "m.json"])
+def test_a_line_that_is_not_utf_8_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "good"}\n{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=rf"{name}:2: not UTF-8 \(byte 0xe9\)"):
+        train_tokenizer([tmp_path / name], tmp_path / "out", 30)
+
+
 @pytest.mark.parametrize("row", ['{"audio_filepath": "a.wav"}', '{"text": null}', '["text"]', "not json"])
 def test_a_bad_manifest_row_is_named(tmp_path, row):
     manifest = tmp_path / "m.jsonl"

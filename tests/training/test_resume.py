@@ -209,14 +209,16 @@ def test_stage_2_starts_from_stage_1_and_says_what_was_loaded(pretrain_config, m
     assert "in the file but not in the model" not in report
 
 
-def test_a_start_with_another_tokenizer_is_refused(pretrain_config, tmp_path):
-    """As many pieces, so every shape fits, but other ones."""
+def test_a_start_with_another_tokenizer_is_refused(pretrain_config, corpus, tmp_path):
+    """Of the same text and as many pieces, so every token is known and every shape fits, but other pieces."""
     first = module.pretrain(pretrain_config(1, "trainer.max_steps=1"))
-    text = tmp_path / "other.txt"
-    text.write_text("zwei kleine worte und ein drittes\n" * 50)
     other = tmp_path / "other.model"
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(other.with_suffix("")), vocab_size=32, hard_vocab_limit=False, minloglevel=2
+        input=str(corpus / "train.txt"),
+        model_prefix=str(other.with_suffix("")),
+        vocab_size=32,
+        model_type="bpe",
+        minloglevel=2,
     )
     config = pretrain_config(
         *(2, "trainer.max_steps=1", f"data.tokenizer.model_path={other}", f"init_from={first}/slam_stage1.nemo")

@@ -8,6 +8,10 @@ from nemo_slam.data.token_file import Tokenizer
 MOST_UNKNOWN = 0.05
 """Share of unknown tokens above which a tokenizer does not fit its text."""
 
+OF_PRETRAINING = (
+    "it was trained on other text. Train one on this text (scripts/train_tokenizer.py) or name another "
+    "(data.tokenizer.model_path)"
+)
 OF_SOURCES = "it is the one that the encoder was trained with. Fine-tune an encoder of such text"
 OF_TARGETS = "it was trained on other text. Train one on this manifest (model.tokenizer.dir=null does) or name another"
 
