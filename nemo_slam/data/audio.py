@@ -11,6 +11,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from nemo_slam.config import ConfigError
+
 SAMPLE_RATE = 16_000
 
 # Manifests round durations, and lossy codecs pad or trim a frame or two: this much may be missing, in seconds.
@@ -19,6 +21,19 @@ MISSING_TOLERANCE = 0.1
 
 class AudioError(ValueError):
     """Audio that cannot be used; the message names the file and the reason."""
+
+
+def check_sample_rate(rate: float, key: str) -> None:
+    """Features must be of the rate that audio is read at, or they would take it for faster or slower speech.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if rate != SAMPLE_RATE:
+        raise ConfigError(
+            f"{key} is {rate}, but all audio is read as {SAMPLE_RATE} Hz: files of other rates are resampled, so leave "
+            f"it at {SAMPLE_RATE}"
+        )
 
 
 def load_audio(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,14 @@ def scan_audio_rows(
                 continue
             try:
                 row = parse_row(raw, need_text)
-                if row.duration < config.min_duration:
-                    builder.filtered[too_short] += 1
+                outside = too_short if row.duration < config.min_duration else too_long
+                if not config.min_duration <= row.duration <= config.max_duration:
+                    builder.filtered[outside] += 1
+                    if tars is not None:
+                        with suppress(RowError):
+                            tars.find(row)  # its member is no other row's all the same
                     continue
-                if row.duration > config.max_duration:
-                    builder.filtered[too_long] += 1
-                    continue
-                place = tars.find(row.audio_filepath) if tars is not None else ()
+                place = tars.find(row) if tars is not None else ()
             except RowError as error:
                 builder.add_bad(BadRow(str(manifest), line, str(error)))
                 continue

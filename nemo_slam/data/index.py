@@ -18,7 +18,9 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,7 @@ it would be lost to them.
 SHARD_ROWS = 8192  # a shard never crosses a source file
 _FLUSH_ROWS = 1 << 16
 _PROGRESS_ROWS = 1_000_000
+_AT_ONCE = 32
 _BAD_FILE = "bad.jsonl"
 
 
@@ -88,10 +91,10 @@ class Index:
         """The name that the sampler knows."""
         return self.length
 
-    def bad_rows(self) -> list[BadRow]:
-        """The rows that the scan refused."""
+    def bad_rows(self, at_most: int | None = None) -> list[BadRow]:
+        """The rows that the scan refused, or the first of them."""
         with open(self.folder / _BAD_FILE, encoding="utf-8") as file:
-            return [BadRow(**json.loads(line)) for line in file]
+            return [BadRow(**json.loads(line)) for line in islice(file, at_most)]
 
 
 class IndexBuilder:
@@ -215,7 +218,8 @@ def open_index(
     Raises:
         DataError: a source is missing, or `cache_dir` is not writable.
     """
-    prints = [fingerprint(path) for path in sources]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # every rank asks of each file, and most of that is waiting
+        prints = list(pool.map(fingerprint, sources))
     named = json.dumps([INDEX_VERSION, kind, settings, columns, [p[0] for p in prints]], sort_keys=True)
     prefix = f"{kind}-{short_hash(named)}"
     name = f"{prefix}-{short_hash(json.dumps(prints))}"

@@ -54,7 +54,7 @@ def build_streams(
         if kind == "speech":
             streams[kind] = SpeechStream(config, **options)
         elif tokenizer is None:
-            raise ConfigError(f"{split}_ds.{kind} needs a tokenizer: set data.tokenizer.model")
+            raise ConfigError(f"{split}_ds.{kind} needs a tokenizer: set data.tokenizer.model_path")
         else:
             streams[kind] = {"text": TextStream, "pairs": PairStream}[kind](config, tokenizer, **options)
     return streams

@@ -27,13 +27,17 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One utterance of a manifest. Times in seconds; `text` and `lang` are empty where the manifest has none."""
+    """One utterance of a manifest. Times in seconds; `text` and `lang` are empty where the manifest has none.
+
+    `shard_id` is the number of the tar file in NeMo's tarred manifests.
+    """
 
     audio_filepath: str
     duration: float
     offset: float = 0.0
     text: str = ""
     lang: str = ""
+    shard_id: int | None = None
 
 
 def parse_json(raw: bytes) -> dict:
@@ -58,7 +62,9 @@ def parse_row(raw: bytes, need_text: bool) -> Row:
     duration, offset = duration_of(row), offset_of(row)
     text = string_value(row, "text").strip() if need_text else ""
     lang = row.get("lang")
-    return Row(path, duration, offset, text, lang if isinstance(lang, str) else "")
+    shard = row.get("shard_id")
+    shard_id = shard if isinstance(shard, int) and not isinstance(shard, bool) else None
+    return Row(path, duration, offset, text, lang if isinstance(lang, str) else "", shard_id)
 
 
 def string_value(row: dict, key: str) -> str:

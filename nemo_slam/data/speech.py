@@ -13,7 +13,7 @@ from nemo_slam.data.index import IndexBuilder, open_index
 from nemo_slam.data.manifest import expand_paths, expand_sources
 from nemo_slam.data.sampling import PURPOSE_SPEECH
 from nemo_slam.data.stream import Stream
-from nemo_slam.data.tar import TarMembers
+from nemo_slam.data.tar import TarMembers, identity
 
 
 class SpeechStream(Stream):
@@ -44,7 +44,7 @@ class SpeechStream(Stream):
         index = open_index(
             "speech",
             [*self.sources, *(tars or [])],
-            {"durations": [config.min_duration, config.max_duration], "tars": len(tars or [])},
+            {"durations": [config.min_duration, config.max_duration], "tars": identity(tars)},
             COLUMNS if tars is None else COLUMNS | TAR_COLUMNS,
             scan,
             config.cache_dir,

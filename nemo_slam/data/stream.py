@@ -14,6 +14,8 @@ from nemo_slam.data.sampling import StepSampler
 
 logger = logging.getLogger(__name__)
 
+_LISTED = 1000  # of a stream of nothing but bad rows, which may be millions
+
 
 class Stream:
     """A stream of batches addressed by step.
@@ -30,10 +32,11 @@ class Stream:
 
     def __init__(self, name: str, index: Index, sampler_args: dict[str, Any], bad_rows: BadRows):
         self.name, self.index, self.bad_rows = name, index, bad_rows
-        refused = index.bad_rows()
+        refused = index.bad_rows(None if len(index) else _LISTED)
         bad_rows.record_all(name, refused)
         if len(index) == 0:
-            bad = f", listed in {bad_rows.where}, the first: {refused[0]}" if refused else ""
+            listed = "listed" if index.meta["bad"] <= _LISTED else f"{_LISTED:,} of them listed"
+            bad = f", {listed} in {bad_rows.where}, the first: {refused[0]}" if refused else ""
             raise EmptyStreamError(
                 f"stream {name!r} is empty: no row is left ({self._left_out()}{bad}). "
                 "Check the paths, and the limits on duration or tokens"

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_content(source, tmp_path):
     assert index.bad_rows() == [BadRow(str(source), 4, "x is no number")]
     again = pickle.loads(pickle.dumps(index))
     np.testing.assert_array_equal(again.length, index.length)
+
+
+def test_many_sources_are_asked_at_once(tmp_path, monkeypatch):
+    """One after the other, thousands of tar files in an object store would take every rank minutes."""
+    paths = [tmp_path / f"{i}.txt" for i in range(8)]
+    for i, path in enumerate(paths):
+        path.write_text(str(i + 1))
+    together = threading.Barrier(len(paths), timeout=30)
+
+    def fingerprint(path):
+        together.wait()
+        return index_folder.fingerprint(path)
+
+    monkeypatch.setattr(index_module, "fingerprint", fingerprint)
+    assert open_numbers(paths).length.tolist() == list(range(1, 9))
 
 
 def test_shards_of_a_long_file(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 from corpus_helpers import write_manifest
-from filelock import FileLock, SoftFileLock
+from filelock import FileLock, SoftFileLock, Timeout
 
 from nemo_slam.data import locks
 from nemo_slam.data.bad_rows import DataError
@@ -66,6 +66,23 @@ def test_the_builder_of_an_index_is_waited_for(tmp_path, caplog):
     with held_elsewhere(lock, caplog):
         assert len(open_it()) == 1
     assert f"builds the index {folder}; it holds the lock {lock}" in said(caplog)
+
+
+def test_a_long_wait_asks_seldom():
+    """Hundreds of ranks wait for one that builds, on the same file system."""
+    asked = []
+
+    class Held:
+        lock_file = "a.lock"
+
+        def acquire(self, timeout: float = -1, poll_interval: float = 0.05) -> str:
+            asked.append((timeout, poll_interval))
+            if timeout >= 0:
+                raise Timeout(self.lock_file)
+            return "taken"
+
+    assert locks.acquire(Held(), "works") == "taken"
+    assert asked == [(0.2, 0.05), (-1, 1.0)]
 
 
 def test_the_preparation_of_a_corpus_is_waited_for(tmp_path, caplog):

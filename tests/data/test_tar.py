@@ -7,6 +7,7 @@ import tarfile
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from corpus_helpers import write_manifest, write_tone
 
@@ -79,6 +80,17 @@ def test_a_row_without_its_member(corpus):
     assert "lost.wav: in none of the tar files" in (corpus / "bad_rows.jsonl").read_text()
 
 
+def test_a_corpus_without_a_member_lists_the_first_rows_alone(corpus, monkeypatch):
+    """The wrong tar files for millions of rows: every rank would hold them all, to say that none is left."""
+    monkeypatch.setattr("nemo_slam.data.stream._LISTED", 3)
+    write_tars(corpus, {0: []})
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    tars = [str(corpus / "audio_0.tar")]
+    with pytest.raises(EmptyStreamError, match=r"bad: 6, 3 of them listed in .*m\.json:1: 0\.wav: in none of the tar"):
+        SpeechStream(SpeechConfig([str(corpus / "m.json")], 9, tarred_audio_filepaths=tars), seed=0, bad_rows=rows)
+    assert len(rows.path.read_text().splitlines()) == 3
+
+
 def test_missing_shard(corpus):
     (corpus / "audio_1.tar").unlink()
     with pytest.raises(DataError, match=r"cannot read .*audio_1\.tar \(No such file"):
@@ -147,22 +159,73 @@ def test_a_compressed_shard_is_refused_with_a_reason(corpus):
 
 
 def test_folders_inside_a_tar(corpus):
-    """The whole name decides; a base name must fit one member only."""
+    """The whole name decides, extension apart; a base name in a folder is another recording's."""
     with tarfile.open(corpus / "audio_0.tar", "w:") as tar:
         tar.add(corpus / "0.wav", arcname="one/x.wav")
         tar.add(corpus / "1.wav", arcname="two/x.wav")
         tar.add(corpus / "2.wav", arcname="two/y.wav")
-    names = ["two/x.wav", "y.flac", "x.wav"]
+    names = ["two/x.wav", "two/y.flac", "x.wav", "three/x.wav", "one/y.wav"]
     write_manifest(corpus / "m.json", [{"audio_filepath": n, "duration": 1.0} for n in names])
     rows = BadRows(corpus / "bad_rows.jsonl")
     tars = [str(corpus / "audio_0.tar")]
     stream = SpeechStream(SpeechConfig([str(corpus / "m.json")], 9, tarred_audio_filepaths=tars), seed=0, bad_rows=rows)
     batch = stream.load(np.arange(2), np.zeros(2, np.int64))
     assert batch.audio[:, 0].tolist() == [2 / 8, 3 / 8]
-    assert "x.wav: fits several members of the tar files: one/x.wav, two/x.wav" in rows.path.read_text()
+    lines = [json.loads(line) for line in rows.path.read_text().splitlines()]
+    assert [(r["line"], r["reason"].split(" (")[0].split(": rows")[0]) for r in lines] == [
+        (line, f"{name}: in none of the tar files") for line, name in list(enumerate(names, 1))[2:]
+    ]
 
 
 def test_one_name_in_two_shards(corpus):
-    write_tars(corpus, {2: ["4.wav", "0.wav"]})
-    with pytest.raises(DataError, match=r"audio_2\.tar holds a second '0\.wav'"):
-        SpeechStream(config(corpus), seed=0)
+    """As NeMo makes them where rows of one recording went to different shards: the row's shard decides, or nothing."""
+    (corpus / "again").mkdir()
+    write_tone(corpus / "again" / "0.wav", 1.0, level=7 / 8)
+    with tarfile.open(corpus / "audio_2.tar", "a:") as tar:
+        tar.add(corpus / "again" / "0.wav", arcname="0.wav")
+    with open(corpus / "m.json", "a") as file:
+        for shard in ({"shard_id": 2}, {}):
+            file.write(json.dumps({"audio_filepath": "0.wav", "duration": 1.0, **shard}) + "\n")
+    rows = BadRows(corpus / "bad_rows.jsonl")
+    stream = SpeechStream(config(corpus), seed=0, bad_rows=rows)
+    assert len(stream.index) == 7
+    batch = stream.load(np.array([0, 6]), np.zeros(2, np.int64))
+    assert batch.audio[:, 0].tolist() == [1 / 8, 7 / 8]
+    (line,) = (json.loads(line) for line in rows.path.read_text().splitlines())
+    assert line["line"] == 8
+    assert "fits 2 members of the tar files" in line["reason"]
+
+
+def test_a_row_that_is_left_out_keeps_its_member(corpus):
+    """Too long for the stream, it is still whose audio that is."""
+    with open(corpus / "m.json", "a") as file:
+        file.write(json.dumps({"audio_filepath": "5.wav", "duration": 90.0}) + "\n")
+        file.write(json.dumps({"audio_filepath": "other/5.wav", "duration": 1.5}) + "\n")
+    rows = (corpus / "m.json").read_text().splitlines()
+    write_manifest(corpus / "m.json", [r for r in rows if json.loads(r)["duration"] != 1.5 or "other" in r])
+    with pytest.raises(DataError, match=r"^other/5\.wav: in .*audio_2\.tar .* a row of another name"):
+        SpeechStream(config(corpus, max_duration=10), seed=0)
+
+
+def test_nemo_reads_the_same(tmp_path):
+    """Rows of one recording in two shards, each with it: every row's samples by stock NeMo, and by us."""
+    from nemo.collections.common.data.lhotse.nemo_adapters import LazyNeMoTarredIterator
+
+    long = np.linspace(-0.9, 0.9, 48_000, dtype=np.float32)
+    soundfile.write(tmp_path / "_data_long.wav", long, 16_000, subtype="FLOAT")
+    write_tone(tmp_path / "_data_spk1_utt.wav", 1.1)
+    shards = [
+        [("_data_long.wav", 0.0, 1.0), ("_data_long-sub1.wav", 1.0, 0.5), ("_data_spk1_utt.wav", 0.0, 1.1)],
+        [("_data_long.wav", 2.0, 0.8), ("_data_long-sub1.wav", 0.25, 1.25)],
+    ]
+    for shard, rows in enumerate(shards):
+        write_tars(tmp_path, {shard: sorted({name.replace("-sub1", "") for name, _, _ in rows})})
+        manifest = [{"audio_filepath": n, "offset": o, "duration": d, "shard_id": shard} for n, o, d in rows]
+        write_manifest(tmp_path / f"manifest_{shard}.json", [{**row, "text": "a"} for row in manifest])
+    manifests, tars = str(tmp_path / "manifest__OP_0..1_CL_.json"), str(tmp_path / "audio__OP_0..1_CL_.tar")
+    cuts = [cut.load_audio()[0] for cut in LazyNeMoTarredIterator(manifests, tars)]
+    stream = SpeechStream(SpeechConfig([manifests], 9, tarred_audio_filepaths=[tars]), seed=0)
+    ours = [stream._audio.read(i) for i in range(len(stream.index))]
+    assert len(cuts) == len(ours) == 5
+    for mine, theirs in zip(sorted(ours, key=len), sorted(cuts, key=len), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-4)
