@@ -12,7 +12,7 @@ from nemo.collections.asr.models import EncDecCTCModelBPE
 from torch import Tensor, nn
 
 from nemo_slam.archive import read_config
-from nemo_slam.finetuning.pretrained import encoder_node, initialise_encoder, read_pretrained
+from nemo_slam.finetuning.pretrained import ENCODER, encoder_node, initialise_encoder, read_pretrained
 from nemo_slam.models.encoder import SLAMEncoder
 from nemo_slam.models.padded import PaddedEncoder
 
@@ -54,9 +54,12 @@ def onnx_module(source: str | Path, part: str) -> tuple[nn.Module, SLAMEncoder]:
     if part == "encoder":
         encoder = load_encoder(source)
         return PaddedEncoder(encoder).eval(), encoder
-    target = str(read_config(source).get("target"))
+    config = read_config(source)
+    target, kind = str(config.get("target")), (config.get("encoder") or {}).get("_target_")
     if not target.startswith("nemo.collections.asr.models.ctc"):
         raise ValueError(f"{source} holds a {target}, which is no CTC model: only its encoder can be exported")
+    if kind != ENCODER:
+        raise ValueError(f"{source} has the encoder {kind}, not {ENCODER}: NeMo's own export() takes it")
     model = EncDecCTCModelBPE.restore_from(str(source), map_location="cpu")
     return PaddedCTC(model.encoder, model.decoder).eval(), model.encoder
 

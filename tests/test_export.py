@@ -1,5 +1,8 @@
 """export_nemo: a pre-trained encoder as a stock model."""
 
+import json
+import tarfile
+
 import pytest
 import torch
 from nemo.collections.asr.models import ASRModel, EncDecCTCModelBPE
@@ -82,6 +85,15 @@ def test_only_ctc_models_become_ctc_in_onnx(source, tmp_path):
 
     with pytest.raises(ValueError, match=r"SLAMPretrainingModel, which is no CTC model"):
         export_onnx(source, "ctc", tmp_path / "x.onnx")
+    other = {
+        "target": "nemo.collections.asr.models.ctc_bpe_models.EncDecCTCModelBPE",
+        "encoder": {"_target_": "x.Other"},
+    }
+    (tmp_path / "model_config.yaml").write_text(json.dumps(other))  # JSON is YAML
+    with tarfile.open(tmp_path / "other.nemo", "w") as archive:
+        archive.add(tmp_path / "model_config.yaml", "model_config.yaml")
+    with pytest.raises(ValueError, match=r"has the encoder x\.Other, not .*SLAMEncoder: NeMo's own export"):
+        export_onnx(tmp_path / "other.nemo", "ctc", tmp_path / "x.onnx")
     with pytest.raises(ValueError, match=r"must end in \.onnx"):
         export_onnx(source, "encoder", tmp_path / "x.nemo")
     with pytest.raises(ValueError, match="'decoder' is not one of encoder, ctc"):

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from typing import Any
 
 import numpy as np
-from nemo.core.classes import NeuralModule, typecheck
+import torch
+from nemo.core.classes import Exportable, NeuralModule, typecheck
 from nemo.core.neural_types import AcousticEncodedRepresentation, LengthsType, NeuralType, SpectrogramType
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -17,8 +18,13 @@ from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.packing import Segments, gather_rows, pack, row_multiple, to_device
 
+NOT_TRACED = (
+    "SLAMEncoder plans a batch from its lengths, which a trace would keep for ever as those of its example: use "
+    "scripts/export_nemo.py --to onnx-encoder or onnx-ctc"
+)
 
-class SLAMEncoder(NeuralModule):
+
+class SLAMEncoder(NeuralModule, Exportable):
     """Speech encoder and multimodal encoder of SLAM, as the ``encoder`` of stock NeMo CTC, RNN-T and attention models.
 
     Parameter names are those of ``nemo_slam.models.pretraining.SLAMPretrainingModel``, so that its weights load as
@@ -62,6 +68,8 @@ class SLAMEncoder(NeuralModule):
     @typecheck()
     def forward(self, audio_signal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         """*Shape:* log-mel (B, F, T), frames (B,) -> (B, D, T'), padding zero, and lengths (B,); T' = ceil(T / 4)."""
+        if torch.jit.is_tracing():
+            raise NotImplementedError(NOT_TRACED)
         frames = np.minimum(length.cpu().numpy(), audio_signal.shape[-1])
         rows = self.speech_encoder.subsample(audio_signal, frames)
         lengths = subsampled_lengths(frames)
@@ -78,3 +86,7 @@ class SLAMEncoder(NeuralModule):
         padded = gather_rows(hidden, to_device(place.reshape(-1), hidden.device))
         padded = padded.view(len(lengths), width, self.d_model)
         return padded.transpose(1, 2), to_device(lengths, length.device)
+
+    def _prepare_for_export(self, **options: Any) -> None:
+        """NeMo's ``export()`` calls it, of a model's encoder too, before it changes or traces anything."""
+        raise NotImplementedError(NOT_TRACED)

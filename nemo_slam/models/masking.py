@@ -38,6 +38,23 @@ class MaskVectorConfig:
             raise ValueError(f"mask_vector.kind: {self.kind!r} is not one of random, learned")
 
 
+@dataclass(frozen=True)
+class CorruptionConfig:
+    """What replaces a masked token (BERT).
+
+    Attributes:
+        mask: share that becomes [MASK].
+        random: share that becomes any piece of the vocabulary; what is left of 1 stays the true token.
+    """
+
+    mask: float = 0.8
+    random: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not (self.mask >= 0 and self.random >= 0 and round(self.mask + self.random, 9) <= 1):
+            raise ValueError(f"mask and random are shares whose sum is at most 1, got {self.mask} and {self.random}")
+
+
 @dataclass
 class MaskedRows:
     """What a loss on masked positions needs.
@@ -154,7 +171,12 @@ def mask_speech(
 
 
 def mask_text(
-    tokens: Tensor, masks: Masks | None, randomness: Randomness, kernels: str, text_encoder: TextEncoder
+    tokens: Tensor,
+    masks: Masks | None,
+    randomness: Randomness,
+    kernels: str,
+    text_encoder: TextEncoder,
+    corruption: CorruptionConfig,
 ) -> tuple[Tensor, dict[str, MaskedRows]]:
     if masks is None:
         return tokens, {}
@@ -168,6 +190,8 @@ def mask_text(
         key=randomness.key("corruption"),
         mask_id=text_encoder.mask_id,
         vocab_size=text_encoder.num_pieces,
+        mask_probability=corruption.mask,
+        random_probability=corruption.random,
         backend=kernels,
     )
     return tokens, masks.split(index)

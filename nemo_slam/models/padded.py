@@ -27,7 +27,8 @@ def subsample(encoder: SLAMEncoder, features: Tensor, length: Tensor) -> tuple[T
     front = encoder.speech_encoder.pre_encode
     image = features.transpose(1, 2).unsqueeze(1)
     for convolution, activation in ((front.conv[0], front.conv[1]), (front.conv[2], front.conv[3])):
-        image = image * valid(length, image.shape[2])[:, None, :, None].to(image.dtype)
+        # Not multiplied by 0: NaN would stay NaN, and reach the last valid frames.
+        image = image.masked_fill(~valid(length, image.shape[2])[:, None, :, None], 0.0)
         image = activation(convolution(image))
         length = torch.div(length + 1, 2, rounding_mode="floor")
     return front.out(image.transpose(1, 2).flatten(2)), length
@@ -96,5 +97,5 @@ class PaddedEncoder(nn.Module):
         x = self.encoder.multimodal_encoder.embed_speech(x.flatten(0, 1), positions.reshape(-1)).view_as(x)
         for layer in self.encoder.multimodal_encoder.layers:
             x = run_layer(layer, x, mask)  # type: ignore[arg-type]
-        x = x * mask[:, :, None].to(x.dtype)
+        x = x.masked_fill(~mask[:, :, None], 0.0)  # an utterance without a frame attended to nothing: it may be NaN
         return x.transpose(1, 2), length

@@ -17,6 +17,7 @@ from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor, nn
 
+from nemo_slam.data.audio import SAMPLE_RATE, check_sample_rate
 from nemo_slam.data.batch import StepBatch
 from nemo_slam.models.augmentation import add_noise
 from nemo_slam.models.settings import ModelSettings, model_settings
@@ -73,7 +74,8 @@ def build_objectives(
         assert speech_loss is not None
         assert text_loss is not None
         tlm = chosen.translation_lm
-        objectives.append(TranslationLM(tlm.speech_masking, tlm.token_masking, tlm.weight, speech_loss, text_loss))
+        masking = (tlm.speech_masking, tlm.token_masking)
+        objectives.append(TranslationLM(*masking, tlm.weight, tlm.contrastive_weight, speech_loss, text_loss))
     if chosen.matching is not None:
         tlm_masking = chosen.translation_lm
         masked = chosen.matching.input == "masked"
@@ -158,11 +160,13 @@ class SLAMPretrainingModel(ModelPT, Encoders):
         return kernel_backend.resolve(self.settings.conformer.kernels, self.device)
 
     def _check_preprocessor(self) -> None:
-        """Randomness must be a function of (seed, step, example): NeMo's dither is not."""
+        """Features must be of the audio that there is, and randomness a function of (seed, step, example): NeMo's
+        dither is not."""
         if float(self._cfg.preprocessor.get("dither", 0.0)) != 0.0:
             raise ValueError(
                 "model.preprocessor.dither must be 0.0: it draws from a generator's state, so a resume would differ"
             )
+        check_sample_rate(self._cfg.preprocessor.get("sample_rate", SAMPLE_RATE), "model.preprocessor.sample_rate")
         if self.settings.random_projection is not None and not self._cfg.preprocessor.get("normalize"):
             raise ValueError(
                 "model.preprocessor.normalize must be per_feature or all_features with model.random_projection: "
@@ -264,7 +268,10 @@ class SLAMPretrainingModel(ModelPT, Encoders):
             list(self.objectives.values()),
             self.randomness,
             StepSettings(
-                self.kernels, row_multiple(self.settings.pad_multiple, features.device), self.settings.max_positions
+                self.kernels,
+                row_multiple(self.settings.pad_multiple, features.device),
+                self.settings.max_positions,
+                self.settings.corruption,
             ),
             self.settings.mask_vector.std if self.mask_vector is None else self.mask_vector,
             self._trainer.global_step if self._trainer is not None else 0,

@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_slam.config import parse, unknown_key
 from nemo_slam.models.augmentation import AugmentationConfig
-from nemo_slam.models.masking import MaskVectorConfig
+from nemo_slam.models.masking import CorruptionConfig, MaskVectorConfig
 from nemo_slam.modules.conformer import ConformerConfig
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoderConfig
 from nemo_slam.modules.quantizer import GumbelQuantizerConfig
@@ -40,11 +40,16 @@ class MaskedTextConfig:
 @dataclass(frozen=True)
 class TranslationLMConfig:
     """75% of the frames (start probability 0.129 gives that on long input) and 50% of the tokens (SLAM, section
-    3.2)."""
+    3.2).
+
+    Attributes:
+        contrastive_weight: of the contrastive loss on the paired speech, times ``speech_loss.contrastive_weight``.
+    """
 
     speech_masking: SpeechMasking = SpeechMasking(0.129)
     token_masking: TokenMasking = TokenMasking(0.5)
     weight: float = 1.0
+    contrastive_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class ModelSettings(EncoderSettings):
     quantizer: GumbelQuantizerConfig | None = field(default_factory=GumbelQuantizerConfig)
     random_projection: RandomProjectionConfig | None = None
     mask_vector: MaskVectorConfig = field(default_factory=MaskVectorConfig)
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
     augmentation: AugmentationConfig | None = None
     speech_loss: SpeechLossConfig = field(default_factory=SpeechLossConfig)
     objectives: ObjectivesConfig = field(default_factory=ObjectivesConfig)

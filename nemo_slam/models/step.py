@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_slam.data.batch import StepBatch
-from nemo_slam.models.masking import MaskedRows, mask_speech, mask_text, sample_masks
+from nemo_slam.models.masking import CorruptionConfig, MaskedRows, mask_speech, mask_text, sample_masks
 from nemo_slam.modules.multimodal_encoder import MultimodalEncoder
 from nemo_slam.modules.speech_encoder import SUBSAMPLING_FACTOR, SpeechEncoder, subsampled_lengths
 from nemo_slam.modules.text_encoder import TextEncoder
@@ -38,11 +38,13 @@ class StepSettings:
     kernels: ``torch`` or ``triton``, resolved.
     multiple: packed rows are rounded up to a multiple of this.
     max_positions: upper limit of packed rows in the multimodal encoder, or None.
+    corruption: of masked tokens.
     """
 
     kernels: str
     multiple: int = 1
     max_positions: int | None = None
+    corruption: CorruptionConfig = field(default_factory=CorruptionConfig)
 
 
 @dataclass
@@ -183,7 +185,9 @@ def run_step(
     source_tokens, packed_text = _pack_text(text_inputs, batch, device, settings, chosen_texts)
     tokens = torch.cat([source_tokens, source_tokens.new_zeros(1)]).index_select(0, packed_text.gather)
     text_masks = sample_masks(packed_text, text_inputs, batch, randomness, settings.kernels)
-    corrupted, masked_text = mask_text(tokens, text_masks, randomness, settings.kernels, encoders.text_encoder)
+    corrupted, masked_text = mask_text(
+        tokens, text_masks, randomness, settings.kernels, encoders.text_encoder, settings.corruption
+    )
 
     modal = encoders.multimodal_encoder
     speech_rows = modal.embed_speech(projected, packed_speech.layout.positions)

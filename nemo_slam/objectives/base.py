@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,17 +51,29 @@ class Histogram:
 
 
 @dataclass
+class Pooled:
+    """A figure that is no mean: ``figure`` of ``sums``, once these are added up over batches and ranks. *Shape:* the
+    same in all of them."""
+
+    name: str
+    sums: Tensor
+    figure: Callable[[Tensor], float]
+
+
+@dataclass
 class ObjectiveOutput:
     """Everything an objective returns for one micro-batch."""
 
     losses: list[Loss] = field(default_factory=list)
     metrics: list[Metric] = field(default_factory=list)
     histograms: list[Histogram] = field(default_factory=list)
+    pooled: list[Pooled] = field(default_factory=list)
 
     def extend(self, other: ObjectiveOutput) -> None:
         self.losses += other.losses
         self.metrics += other.metrics
         self.histograms += other.histograms
+        self.pooled += other.pooled
 
 
 class Objective(nn.Module):

@@ -62,13 +62,20 @@ class SpeechLoss(nn.Module):
         self.code_head = nn.Linear(d_model, quantizer.config.num_codes)
 
     def forward(
-        self, outputs: StepOutputs, masked: MaskedRows, multimodal: str, prefix: str, weight: float
+        self,
+        outputs: StepOutputs,
+        masked: MaskedRows,
+        multimodal: str,
+        prefix: str,
+        weight: float,
+        contrastive_weight: float = 1.0,
     ) -> ObjectiveOutput:
+        """The losses times ``weight``; the contrastive one times ``contrastive_weight`` too."""
         if isinstance(self.quantizer, RandomProjectionQuantizer):
             codes = self.quantizer(outputs.stacked_mel(masked.index))
             return self._codes(outputs, masked, codes, multimodal, prefix, weight)
         quantized = self.targets(outputs, masked, prefix)
-        result = self._contrastive(outputs, masked, quantized, prefix, weight)
+        result = self._contrastive(outputs, masked, quantized, prefix, weight * contrastive_weight)
         result.extend(self._codes(outputs, masked, quantized.code_ids, multimodal, prefix, weight))
         result.losses.append(self._diversity(quantized, f"{prefix}/diversity", weight * self.config.diversity_weight))
         return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from nemo_slam.objectives.base import ObjectiveOutput, sum_over_ranks
 
 
 class MetricAccumulator:
-    """Sums (sum, count) pairs and histograms until :meth:`flush`.
+    """Sums (sum, count) pairs, histograms and what else a figure is taken of, until :meth:`flush`.
 
     ``loss`` is the weighted sum of the mean losses, each mean taken over the whole interval and all ranks. A loss
     without a single example is left out; one that is not a number is not.
@@ -22,6 +22,7 @@ class MetricAccumulator:
         self._sums: dict[str, Tensor] = {}
         self._losses: dict[str, float] = {}
         self._histogram_losses: dict[str, str] = {}
+        self._pooled: dict[str, Callable[[Tensor], float]] = {}
 
     def update(self, output: ObjectiveOutput, volume: Mapping[str, float]) -> None:
         """Add one micro-batch.
@@ -37,6 +38,9 @@ class MetricAccumulator:
         for histogram in output.histograms:
             self._add(f"histogram:{histogram.name}", histogram.counts.detach().double())
             self._histogram_losses[histogram.name] = histogram.loss
+        for pooled in output.pooled:
+            self._add(f"pooled:{pooled.name}", pooled.sums.detach().double())
+            self._pooled[pooled.name] = pooled.figure
         for name, value in volume.items():
             self.add(name, value)
 
@@ -65,6 +69,8 @@ class MetricAccumulator:
                 figures[name] = (value[0] / value[1]).item() if value[1] > 0 else math.nan
             elif kind == "sum":
                 figures[name] = value.item()
+            elif kind == "pooled":
+                figures[name] = self._pooled[name](value)
         for key, value in sums.items():
             kind, name = key.split(":", 1)
             if kind == "histogram" and value.sum() > 0:

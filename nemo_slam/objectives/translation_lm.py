@@ -25,11 +25,13 @@ class TranslationLM(Objective):
         speech_masking: SpeechMasking,
         token_masking: TokenMasking,
         weight: float,
+        contrastive_weight: float,
         speech_loss: SpeechLoss,
         text_loss: TextLoss,
     ):
         super().__init__()
         self.weight = weight
+        self.contrastive_weight = contrastive_weight
         self._refer("speech_loss", speech_loss)
         self._refer("text_loss", text_loss)
         self.speech = (SpeechInput(self.name, "pairs", speech_masking),)
@@ -37,6 +39,7 @@ class TranslationLM(Objective):
         self.multimodal = (MultimodalInput(self.name, cls=True, speech=self.name, text=self.name),)
 
     def forward(self, outputs: StepOutputs) -> ObjectiveOutput:
-        result = self.speech_loss(outputs, outputs.masked_speech[self.name], self.name, self.name, self.weight)
+        masked = outputs.masked_speech[self.name]
+        result = self.speech_loss(outputs, masked, self.name, self.name, self.weight, self.contrastive_weight)
         result.extend(self.text_loss(outputs, self.name, self.name, self.weight))
         return result

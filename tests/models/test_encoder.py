@@ -81,6 +81,17 @@ def test_no_utterance_is_no_error(encoder):
     assert lengths.shape == (0,)
 
 
+def test_what_would_keep_the_lengths_of_an_example_is_refused(encoder, tmp_path):
+    """By hand, and by the doors of NeMo's models: CTC exports itself with its encoder, a transducer the encoder."""
+    example = (features(), torch.tensor(LENGTHS))
+    with pytest.raises(NotImplementedError, match=r"a trace would keep .*--to onnx-encoder"):
+        torch.jit.trace(lambda audio, length: encoder(audio_signal=audio, length=length)[0], example)
+    for name, options in (("x.onnx", {}), ("x.ts", {}), ("x.onnx", {"input_example": example})):
+        with pytest.raises(NotImplementedError, match="export_nemo"):
+            SLAMEncoder(**NODE).export(str(tmp_path / name), **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_misspelt_key_is_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match=r"encoder\.conformer: unknown key 'd_modell'; did you mean 'd_model'"):
         SLAMEncoder(**{**NODE, "conformer": {"d_modell": 32}})

@@ -15,6 +15,7 @@ from nemo_slam.modules import attention
 from nemo_slam.randomness import Randomness
 
 SETTINGS = steps.StepSettings("torch", multiple=8)
+CORRUPTION = masking.CorruptionConfig()
 
 
 @pytest.fixture
@@ -197,7 +198,10 @@ def test_two_inputs_of_one_example_are_filled_with_other_words(model_config, mak
     _, packed = steps._pack_text(text, batch, torch.device("cpu"), SETTINGS, {})
     tokens = torch.zeros(packed.layout.num_rows, dtype=torch.int64)
     found = filled(
-        packed, text, batch, lambda masks: masking.mask_text(tokens, masks, Randomness(0), "torch", model.text_encoder)
+        packed,
+        text,
+        batch,
+        lambda masks: masking.mask_text(tokens, masks, Randomness(0), "torch", model.text_encoder, CORRUPTION),
     )
     for one, other in ((0, 1), (0, 2), (1, 2)):  # a tenth is another token, a tenth the true one: in other places
         assert not torch.equal(found[one], found[other])

@@ -99,6 +99,7 @@ def test_no_parameter_is_left_without_gradient(model, make_batch, empty):
         ({"random_projection": None}, "exactly one of quantizer and random_projection"),
         ({"random_projection": {"num_code": 3}}, "unknown key 'num_code'; did you mean 'num_codes'"),
         ({"preprocessor": {"normalize": None, "features": 80, "dither": 0.0}}, "model.preprocessor.normalize must be"),
+        ({"preprocessor": {"sample_rate": 8000, "features": 80}}, "preprocessor.sample_rate is 8000, but all audio"),
     ],
 )
 def test_what_does_not_go_together_is_an_error(model_config, changes, message):

@@ -7,6 +7,7 @@ import torch
 from nemo_slam.data.batch import PairBatch, SpeechBatch, StepBatch, TextBatch
 from nemo_slam.models import masking
 from nemo_slam.models import step as steps
+from nemo_slam.models.pretraining import SLAMPretrainingModel
 from nemo_slam.models.step import StepSettings
 from nemo_slam.objectives.inputs import SpeechInput, SpeechMasking, TextInput, TokenMasking
 from nemo_slam.randomness import Randomness
@@ -138,3 +139,30 @@ def test_masks_of_another_epoch_and_another_seed_differ():
     assert torch.equal(masks[0], masks[3])
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
+
+
+@pytest.mark.parametrize(("mask", "random"), [(0.8, 0.1), (1.0, 0.0), (0.2, 0.5), (0.0, 0.0)])
+def test_masked_tokens_are_corrupted_in_the_shares_of_the_config(model_config, make_batch, monkeypatch, mask, random):
+    """What the text encoder reads: [MASK], another piece (a 47th of the random ones is the true one) or the truth."""
+    model = SLAMPretrainingModel(model_config(corruption={"mask": mask, "random": random})).train()
+    read = []
+    encode = model.text_encoder.forward
+    monkeypatch.setattr(
+        model.text_encoder, "forward", lambda tokens, *rest: (read.append(tokens), encode(tokens, *rest))[1]
+    )
+    out = model(make_batch(text=[400] * 40))
+    index = torch.cat([rows.index for rows in out.masked_text.values()])
+    found, truth = read[0][index], out.tokens[index]
+    masked = (found == model.text_encoder.mask_id).double().mean().item()
+    true = (found == truth).double().mean().item()
+    assert len(index) > 2000
+    assert masked == pytest.approx(mask, abs=0.04 if 0 < mask < 1 else 0)
+    assert true == pytest.approx(1 - mask - random * 46 / 47, abs=0.04 if 0 < mask < 1 else 0)
+    rest = torch.ones(len(read[0]), dtype=torch.bool)
+    rest[index] = False
+    assert torch.equal(read[0][rest], out.tokens[rest])
+
+
+def test_impossible_shares_are_refused(model_config):
+    with pytest.raises(ValueError, match=r"model.corruption: mask and random are shares .* got 0.8 and 0.3"):
+        SLAMPretrainingModel(model_config(corruption={"mask": 0.8, "random": 0.3}))

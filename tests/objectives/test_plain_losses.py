@@ -188,13 +188,17 @@ def test_the_loss_to_minimise_is_the_weighted_sum_of_means(build_model, batch):
     weights = {"masked_speech": 1.0, "masked_text": 0.3, "translation_lm": 0.03, "matching": 0.05}
     terms = {"contrastive": 0.7, "codes": 0.9, "diversity": 0.1, "tokens": 1.0, "matching": 1.0}
     model = build_model(
-        objectives={name: {"weight": weight} for name, weight in weights.items()},
+        objectives={
+            **{name: {"weight": weight} for name, weight in weights.items()},
+            "translation_lm": {"weight": 0.03, "contrastive_weight": 0.4},
+        },
         speech_loss={"contrastive_weight": 0.7, "prediction_weight": 0.9, "num_distractors": 7},
     )
     total, result, _ = model.losses(batch)
     expected = 0
     for loss in result.losses:
         name, _, term = loss.name.partition("/")
-        expected += weights[name] * terms[term or name] * loss.total / loss.count
+        own = 0.4 if loss.name == "translation_lm/contrastive" else 1.0
+        expected += weights[name] * own * terms[term or name] * loss.total / loss.count
     assert len(result.losses) == 9
     torch.testing.assert_close(total, expected, **CLOSE)
