@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from nemo.utils import logging
 
@@ -103,6 +104,12 @@ def _damaged(path: Any, problem: str) -> ValueError:
     )
 
 
+def seed_dropout(seed: int, rank: int) -> None:
+    """Each rank draws its own. Called once the weights are made, which are the same on all ranks."""
+    torch.manual_seed(seed + rank)
+    os.environ["PL_GLOBAL_SEED"] = str(seed + rank)  # Lightning seeds by this again when it connects the ranks
+
+
 def _random_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -122,9 +129,14 @@ def checkpoint_callback(trainer: Trainer) -> StepCheckpoint:
 
 
 def exit_if_terminated(trainer: Trainer) -> None:
-    """After a SIGTERM that was answered by saving: end with the status of a terminated process."""
-    if checkpoint_callback(trainer).terminated:
-        sys.exit(128 + signal.SIGTERM)
+    """After a SIGTERM that was answered by saving: end with the status of a terminated process.
+
+    Not where Lightning has started this process beside rank 0: at any status but 0 it kills rank 0, whose own counts.
+    """
+    if not checkpoint_callback(trainer).terminated:
+        return
+    by_lightning = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+    sys.exit(0 if by_lightning and trainer.local_rank > 0 else 128 + signal.SIGTERM)
 
 
 class StepCheckpoint(Callback):
@@ -244,6 +256,8 @@ class StepCheckpoint(Callback):
             os.replace(part, final)
             fsync(self.folder)
             self._drop_old()
+        # A rank that ends after a SIGTERM may make its launcher end rank 0, which must not be writing then.
+        trainer.strategy.barrier()
         self._saved_at = step
 
     def _drop_old(self) -> None:

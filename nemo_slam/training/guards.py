@@ -58,14 +58,15 @@ class StepGuard(Callback):
         self.history = history
         self._norms: list[float] = []
         self._consecutive = 0
-        self._batches: list[Any] = []
+        self._examples: list[dict[str, tuple[Tensor, Tensor]]] = []  # ids and epochs of each micro-batch, by stream
         self._bad_loss: Tensor | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"norms": list(self._norms), "consecutive": self._consecutive}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._norms, self._consecutive = list(state_dict["norms"]), state_dict["consecutive"]
+        # Checkpoints of before hold the zeros of steps without an example too: nothing would push them out any more.
+        self._norms, self._consecutive = [n for n in state_dict["norms"] if n > 0], state_dict["consecutive"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
@@ -81,8 +82,10 @@ class StepGuard(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
-            self._batches, self._bad_loss = [], None
-        self._batches.append(batch)
+            self._examples, self._bad_loss = [], None
+        # Not the batch: its audio would stay on the GPU until the step ends, 2 GB of the paper's step.
+        parts = {name: getattr(batch, name) for name in STREAMS}
+        self._examples.append({name: (part.ids, part.epochs) for name, part in parts.items() if part is not None})
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         bad = (~torch.isfinite(loss.detach())).double()
@@ -101,7 +104,8 @@ class StepGuard(Callback):
         metrics.add("skipped_steps", (reason is not None) / world_size())
         if reason is None:
             self._consecutive = 0
-            self._norms = [*self._norms, norms / world_size()][-self.history :]
+            if norms > 0:  # a step without an example, where a budget is below an utterance, says nothing of the usual
+                self._norms = [*self._norms, norms / world_size()][-self.history :]
             return
         for parameter in parameters:
             parameter.grad = None  # every optimizer of torch leaves such a parameter and its state alone
@@ -130,9 +134,9 @@ class StepGuard(Callback):
         own = {
             name: [
                 [int(example), int(epoch)]
-                for batch in self._batches
-                if getattr(batch, name) is not None
-                for example, epoch in zip(getattr(batch, name).ids, getattr(batch, name).epochs, strict=True)
+                for part in self._examples
+                if name in part
+                for example, epoch in zip(*part[name], strict=True)
             ]
             for name in STREAMS
         }

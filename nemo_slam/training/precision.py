@@ -102,12 +102,12 @@ def try_transformer_engine(
     """
     settings = layer.self_attn.settings
     attention = TransformerEngineAttention(settings.heads, settings.head_size, settings.dropout)
-    layout = SequenceLayout.build(np.array([3 * pad_multiple, 70]), device, pad_multiple)
-    shape = (layout.num_rows, 3, settings.heads, settings.head_size)
-    qkv = torch.linspace(-1, 1, layout.num_rows * 3 * settings.heads * settings.head_size, device=device)
-    qkv = qkv.view(shape).sin().to(dtype).requires_grad_()
     try:
-        with torch.cuda.device(device):
+        with torch.cuda.device(device):  # page-locked memory too: else every rank would hold a context on GPU 0
+            layout = SequenceLayout.build(np.array([3 * pad_multiple, 70]), device, pad_multiple)
+            shape = (layout.num_rows, 3, settings.heads, settings.head_size)
+            qkv = torch.linspace(-1, 1, layout.num_rows * 3 * settings.heads * settings.head_size, device=device)
+            qkv = qkv.view(shape).sin().to(dtype).requires_grad_()
             with fp8.region(settings.fp8, device):
                 out = attention.attend(qkv, layout, training=True)
             out.float().square().sum().backward()

@@ -28,6 +28,7 @@ from nemo_slam.training.checkpoints import (
     checkpoint_callback,
     exit_if_terminated,
     finished_checkpoints,
+    seed_dropout,
 )
 from nemo_slam.training.data_module import SLAMDataModule
 from nemo_slam.training.guards import StepGuard, disk_advice, memory_advice
@@ -35,7 +36,7 @@ from nemo_slam.training.initialise import load_weights, read_weights
 from nemo_slam.training.lost_ranks import LostRanks
 from nemo_slam.training.parallel import ParallelConfig, ShardedStrategy, make_strategy, refuse_strangers, whole_weights
 from nemo_slam.training.precision import ScalingState, check_run
-from nemo_slam.training.run_folder import RunMetrics, SavedConfig, make_run_folder
+from nemo_slam.training.run_folder import RunMetrics, SavedConfig, make_run_folder, stop_keeping_log_lines
 from nemo_slam.training.run_lock import alone_in
 from nemo_slam.training.settings import ConfiguredSettings
 
@@ -196,7 +197,7 @@ def pretrain(cfg: DictConfig) -> Path:
             sharded=isinstance(trainer.strategy, ShardedStrategy),
         )
 
-        torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
+        seed_dropout(cfg.seed, trainer.global_rank)
 
         bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
         common = {"seed": cfg.seed, "tokenizer": model.tokenizer_model, "bad_rows": bad_rows}
@@ -260,6 +261,7 @@ def fit(
     trainer.callbacks.insert(0, lost_ranks)
     run_folder = Path(cfg.exp_manager.exp_dir) / cfg.name
     trainer.callbacks.append(SavedConfig(saved, run_folder))
+    stop_keeping_log_lines()
     with memory_advice(cfg), disk_advice(run_folder), lost_ranks:
         trainer.fit(model, datamodule=data, ckpt_path=None if resume is None else str(resume[1]))
     exit_if_terminated(trainer)

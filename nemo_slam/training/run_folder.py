@@ -7,6 +7,8 @@ import io
 import math
 import os
 import time
+from logging import getLogger
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,14 @@ def make_run_folder(cfg: DictConfig) -> Path:
             f"the run folder {folder} cannot be made ({error.strerror}): name another with exp_manager.exp_dir"
         ) from error
     return folder
+
+
+def stop_keeping_log_lines() -> None:
+    """NeMo keeps every line of its log in memory until ``exp_manager``, which we do without, gives it a file."""
+    logger = getLogger("nemo_logger")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, MemoryHandler)]:
+        logger.removeHandler(handler)
+        handler.buffer.clear()
 
 
 class MetricsFile:

@@ -18,12 +18,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Record(Callback):
-    """The first step's gradients and examples (of fine-tuning, whose batch is a tuple), and the weights at the end."""
+    """The first step's gradients and examples (of fine-tuning, whose batch is a tuple), the weights at the end, and
+    what dropout is seeded with."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
         self.weights: dict[str, torch.Tensor] = {}
         self.examples = 0
+        self.seed = 0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.seed = torch.initial_seed()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == 0 and isinstance(batch, tuple | list):
@@ -59,5 +64,5 @@ def work(rank: int, world: int, port: int, cfg: Any, out: Path, module_name: str
         getattr(module, module_name.rpartition(".")[2])(cfg)
     except Exception as error:
         seen["error"] = f"{type(error).__name__}: {error}"
-    seen |= {"gradients": record.gradients, "weights": record.weights, "examples": record.examples}
+    seen |= {"gradients": record.gradients, "weights": record.weights, "examples": record.examples, "seed": record.seed}
     torch.save(seen, out / f"{rank}.pt")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import guard_worker
 import pytest
@@ -113,6 +114,24 @@ def test_a_gradient_spike_is_skipped_once_there_is_a_history(pretrain_config, ru
     assert record["ids"] == watch.examples[7]
     assert record["gradient_norm"] > 1e3
     assert all(torch.equal(watch.weights[6][name], watch.weights[7][name]) for name in watch.weights[6])
+
+
+def test_steps_without_an_example_are_no_history(tmp_path):
+    """With a budget below half an utterance most steps are empty: their norm of 0 is not the usual one."""
+    guard = StepGuard(tmp_path, max_consecutive=3, spike_factor=20.0, history=2)
+    guard.load_state_dict({"norms": [0.0, 0.0], "consecutive": 0})  # of a checkpoint that has them
+    trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0, is_global_zero=True)
+    model = SimpleNamespace(train_metrics=SimpleNamespace(add=lambda name, value: None))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    applied = []
+    empty = SimpleNamespace(speech=None, text=None, pairs=None)
+    for norm in (0.0, 0.0, 1.0, 0.0, 0.0, 2.0, 0.0, 0.0, 0.0, 1.5, 100.0):
+        parameter.grad = torch.tensor([norm])
+        guard.on_train_batch_start(trainer, model, empty, 0)
+        guard.on_before_backward(trainer, model, torch.tensor(norm))
+        guard.on_before_optimizer_step(trainer, model, SimpleNamespace(param_groups=[{"params": [parameter]}]))
+        applied.append(parameter.grad is not None)
+    assert applied == [True] * 10 + [False]
 
 
 def test_so_many_in_a_row_stop_the_run_and_a_good_one_starts_again(pretrain_config, run):

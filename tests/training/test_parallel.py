@@ -88,6 +88,13 @@ def test_ranks_with_unequal_shares_validate_as_one(launch, tmp_path, strategy):
         assert found[name] == pytest.approx(reference[name], rel=1e-5, abs=1e-5, nan_ok=True), name
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_draw_other_dropout(launch, strategy):
+    """Lightning seeds all ranks alike when it connects them."""
+    ranks = launch("dropout", "trainer.max_steps=1", f"parallel.strategy={strategy}", "seed=7")
+    assert [(rank["error"], rank["seed"]) for rank in ranks] == [("", 7), ("", 8)]
+
+
 def test_ddps_options_change_nothing(launch):
     """With and without accumulation, up to the order of summation in other buckets."""
     plain = ["parallel.static_graph=false", "parallel.gradient_as_bucket_view=false"]

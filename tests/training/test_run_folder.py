@@ -1,6 +1,8 @@
 """metrics.csv survives kills, resumes and new columns; the accumulator's averages are those of all examples."""
 
 import csv
+import logging
+import logging.handlers
 import math
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import torch
 from nemo_slam.objectives.base import Histogram, Loss, Metric, ObjectiveOutput
 from nemo_slam.objectives.metrics import MetricAccumulator
 from nemo_slam.training import run_folder
-from nemo_slam.training.run_folder import MetricsFile, RunMetrics
+from nemo_slam.training.run_folder import MetricsFile, RunMetrics, stop_keeping_log_lines
 
 
 def read(path):
@@ -132,3 +134,18 @@ def test_the_progress_line_has_losses_and_rates():
     line = RunMetrics._line(20, 500, figures)
     assert line == "step 20/500: loss 3.250, speech/contrastive 2.500, 40 s of speech/s, 612 tokens/s"
     assert "loss nan" in RunMetrics._line(21, 500, {**figures, "loss": math.nan})
+
+
+def test_log_lines_are_not_kept_for_the_length_of_the_run():
+    """A line each few steps, and a run has a million."""
+    from nemo.utils.nemo_logging import Logger
+
+    memory = logging.handlers.MemoryHandler(-1)  # as NeMo's Logger has it, if this is not the process's first run
+    nemo = Logger()._logger
+    nemo.addHandler(memory)
+    nemo.info("before")
+    assert len(memory.buffer) == 1
+    stop_keeping_log_lines()
+    nemo.info("after")
+    assert memory.buffer == []
+    assert not [handler for handler in nemo.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
