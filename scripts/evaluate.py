@@ -49,15 +49,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def transcripts(inputs: list[Path], batch_size: int) -> tuple[list[dict[str, Any]], int]:
+def transcripts(inputs: list[Path], batch_size: int, reference: str) -> tuple[list[dict[str, Any]], int]:
     """The rows to score, and how many have no transcript: audio that cannot be read is named, and not scored."""
-    from nemo_slam.evaluation.scoring import read_transcripts
+    from nemo_slam.evaluation.scoring import check_reference, read_transcripts
 
     if inputs[0].suffix != ".nemo":
         return read_transcripts(inputs[0]), 0
-    from nemo_slam.evaluation.transcription import answers, restore
+    from nemo_slam.evaluation.transcription import answers, questions, restore
 
     model, rows, failed = restore(inputs[0]), [], 0
+    for item in questions(model, inputs[1:]):  # now, and not when hours of audio are transcribed
+        if item.problem is None and (item.row or item.path.is_file()):
+            check_reference(item.row, reference, item.source)
     for item in answers(model, inputs[1:], batch_size):
         if item.problem is not None:
             failed += 1
@@ -103,7 +106,7 @@ def main() -> int:
         arguments.seed,
     )
     try:
-        rows, failed = transcripts(arguments.inputs, arguments.batch_size)
+        rows, failed = transcripts(arguments.inputs, arguments.batch_size, arguments.reference)
         if not rows:
             raise ValueError(f"nothing to score in {', '.join(map(str, arguments.inputs))}")
         check_references(rows, options, str(arguments.inputs[-1]))

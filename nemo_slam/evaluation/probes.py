@@ -1,10 +1,11 @@
 """Probes: does the pre-trained model use one modality to understand the other?
 
-Run at validation on the pairs (``probes: true``); figures are sums and counts, so they average over batches and ranks.
-Input is not corrupted but for what is asked: speech is unmasked, masked tokens are all [MASK].
+Run at validation on the pairs (``probes: true``); figures are of sums over all batches and ranks. Input is not
+corrupted but for what is asked: speech is unmasked, masked tokens are all [MASK].
 
 * ``probe/text_given_speech``, ``.._given_other_speech``, ``.._without_speech``: accuracy on masked tokens. The first
   above the other two is the cross-modal gain; ``probe/token_top_share`` is what guessing the commonest token gets.
+  Other speech is that of the batch's next pair with another text.
 * ``probe/matching_choice``: how often the true text scores above the pair's negative, beside ``.._by_length``, the same
   choice by the ratio of lengths alone.
 * ``probe/retrieval_at_K``: is the true text among the K best of the batch's texts, beside ``.._chance``.
@@ -22,7 +23,9 @@ Shape legend: B pairs, D width, M masked tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -33,7 +36,7 @@ from torch import Tensor
 from nemo_slam.data.batch import PairBatch, StepBatch
 from nemo_slam.evaluation.speech_probes import contrastive
 from nemo_slam.modules.speech_encoder import subsampled_lengths
-from nemo_slam.objectives.base import Metric, ObjectiveOutput, count
+from nemo_slam.objectives.base import Metric, ObjectiveOutput, Pooled, count
 from nemo_slam.objectives.matching import Matching
 from nemo_slam.objectives.translation_lm import TranslationLM
 from nemo_slam.packing import PackedSequences, Segments, SequenceLayout, gather_rows, pack, ranges, row_multiple
@@ -107,7 +110,7 @@ def probe(model: SLAMPretrainingModel, batch: StepBatch) -> ObjectiveOutput:
         return result
     pairs = EncodedPairs(model, batch.pairs)
     if TranslationLM.name in model.objectives:
-        result.metrics += cross_modal(model, pairs, batch.pairs)
+        result.extend(cross_modal(model, pairs, batch.pairs))
     if Matching.name in model.objectives:
         result.metrics += matching_choice(pairs, batch.pairs)
         result.metrics += retrieval(pairs, batch.pairs)
@@ -115,13 +118,12 @@ def probe(model: SLAMPretrainingModel, batch: StepBatch) -> ObjectiveOutput:
         range(len(batch.pairs)), batch.pairs.tokens[:0], np.zeros(len(batch.pairs)), cls=False
     )
     rows = hidden[torch.as_tensor(packed.rows_of("probe", 1)).to(hidden.device)]
-    enough = len(rows) > 1
-    rank = effective_rank(rows) if enough else rows.new_zeros(())
-    return ObjectiveOutput(metrics=[*result.metrics, Metric("probe/effective_rank", rank, count(int(enough), rank))])
+    result.pooled.append(Pooled("probe/effective_rank", moments(rows), partial(rank_of_moments, width=rows.shape[1])))
+    return result
 
 
-def cross_modal(model: SLAMPretrainingModel, pairs: EncodedPairs, batch: PairBatch) -> list[Metric]:
-    """Accuracy on the same masked tokens with the true speech, with that of the next pair, and without any."""
+def cross_modal(model: SLAMPretrainingModel, pairs: EncodedPairs, batch: PairBatch) -> ObjectiveOutput:
+    """Accuracy on the same masked tokens with the true speech, with that of another pair, and without any."""
     size, lengths = len(batch), batch.lengths.numpy()
     device = batch.tokens.device
     layout = SequenceLayout.build(lengths, device)  # with a tail, which the id -1 keeps from being masked
@@ -141,22 +143,39 @@ def cross_modal(model: SLAMPretrainingModel, pairs: EncodedPairs, batch: PairBat
     index = mask.nonzero().squeeze(-1)
     truth = batch.tokens.index_select(0, index)
     tokens = torch.where(mask, model.text_encoder.mask_id, batch.tokens)
+    other = next_other_text(batch.text_classes.numpy())
     conditions: dict[str, tuple[Sequence[int | None], bool]] = {
         "given_speech": (range(size), True),
-        "given_other_speech": ([(i + 1) % size for i in range(size)], True),
+        "given_other_speech": (other.clip(min=0).tolist(), True),
         "without_speech": ([None] * size, False),
     }
+    has_other = torch.as_tensor(np.repeat(other >= 0, lengths)).to(device)[index]
     metrics = []
     for name, (speech, cls) in conditions.items():
         hidden, packed = pairs.encode(speech, tokens, lengths, cls)
         rows = torch.as_tensor(packed.rows_of("probe", 2)).to(device)[index]
         logits = hidden.index_select(0, rows) @ model.text_encoder.output_weight.t() + text_loss.bias
-        # A single pair has no other speech.
-        counted = len(truth) if name != "given_other_speech" or size > 1 else 0
-        correct = (logits.argmax(-1) == truth).sum() * (counted > 0)
-        metrics.append(Metric(f"probe/text_{name}", correct, count(counted, hidden)))
-    commonest = torch.bincount(truth, minlength=1).max()
-    return [*metrics, Metric("probe/token_top_share", commonest, count(len(truth), hidden))]
+        counted = has_other if name == "given_other_speech" else torch.ones_like(has_other)
+        correct = ((logits.argmax(-1) == truth) & counted).sum()
+        metrics.append(Metric(f"probe/text_{name}", correct, count(counted.sum(), hidden)))
+    occurs = torch.bincount(truth, minlength=model.text_encoder.vocab_size)
+    return ObjectiveOutput(metrics=metrics, pooled=[Pooled("probe/token_top_share", occurs, top_share)])
+
+
+def next_other_text(classes: np.ndarray) -> np.ndarray:
+    """The next pair, going round, whose text is of another class; -1 where there is none. *Shape:* (B,) -> (B,)."""
+    size = len(classes)
+    found = np.full(size, -1, np.int64)
+    for i in range(size):
+        differs = np.flatnonzero(np.roll(classes, -i) != classes[i])
+        if len(differs):
+            found[i] = (i + differs[0]) % size
+    return found
+
+
+def top_share(occurs: Tensor) -> float:
+    """The share of the commonest; not a number where nothing occurs. *Shape:* (V,)."""
+    return float(occurs.max() / occurs.sum())
 
 
 def matching_choice(pairs: EncodedPairs, batch: PairBatch) -> list[Metric]:
@@ -205,7 +224,8 @@ def retrieval(pairs: EncodedPairs, batch: PairBatch) -> list[Metric]:
             continue
         scores = pairs.scores([int(chosen[i])] * candidates, torch.cat(texts), lengths)
         rivals = [not torch.equal(text, texts[i]) for text in texts]
-        better = (scores >= scores[i]) & torch.tensor(rivals, device=scores.device)
+        # Not `>=`: a score that is not a number is no hit.
+        better = ~(scores < scores[i]) & torch.tensor(rivals, device=scores.device)
         ranks.append(better.sum())
     rank = torch.stack(ranks) if ranks else batch.tokens.new_zeros(0)
     metrics = []
@@ -220,7 +240,27 @@ def retrieval(pairs: EncodedPairs, batch: PairBatch) -> list[Metric]:
 def effective_rank(rows: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values (Roy and Vetterli, 2007) of centred rows (N, D)."""
     centred = rows.double() - rows.double().mean(dim=0)
-    singular = torch.linalg.eigvalsh(centred.t() @ centred).clamp(min=0).sqrt()
+    return _rank_of_products(centred.t() @ centred)
+
+
+def moments(rows: Tensor) -> Tensor:
+    """Sums from which rows can be centred later: products, values, number. *Shape:* (N, D) -> (D * D + D + 1,)."""
+    rows = rows.double()
+    return torch.cat([(rows.t() @ rows).flatten(), rows.sum(dim=0), rows.new_tensor([len(rows)])])
+
+
+def rank_of_moments(sums: Tensor, width: int) -> float:
+    """:func:`effective_rank` of all the rows that :func:`moments` were summed of; not a number of fewer than two rows,
+    or where a row is none."""
+    products, values, number = sums.split([width * width, width, 1])
+    if number < 2 or not torch.isfinite(sums).all():
+        return math.nan
+    return float(_rank_of_products(products.view(width, width) - values.outer(values) / number))
+
+
+def _rank_of_products(products: Tensor) -> Tensor:
+    """*Shape:* products of centred columns (D, D) -> ()."""
+    singular = torch.linalg.eigvalsh(products).clamp(min=0).sqrt()
     share = singular / singular.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return torch.exp(-torch.special.xlogy(share, share).sum())
 

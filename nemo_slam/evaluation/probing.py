@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from nemo_slam.data.speech import SpeechStream
 from nemo_slam.evaluation.probes import effective_rank, probe
 from nemo_slam.export_onnx import load_encoder
 from nemo_slam.models.pretraining import SLAMPretrainingModel
-from nemo_slam.objectives.base import Metric
+from nemo_slam.objectives.metrics import MetricAccumulator
 
 FRAMES_PER_BATCH = 6000
 
@@ -48,21 +49,13 @@ def probe_model(path: str | Path, manifests: Sequence[str | Path]) -> dict[str, 
 
 
 def _probes(model: SLAMPretrainingModel, stream: PairStream) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
+    accumulator = MetricAccumulator()
     for step in range(stream.sampler.steps_once):
         batch = stream.batch(step, once=True)
-        if not len(batch):
-            continue
-        for metric in probe(model, StepBatch(step, pairs=batch)).metrics:
-            assert isinstance(metric, Metric)
-            total, number = sums.setdefault(metric.name, [0.0, 0.0])
-            sums[metric.name] = [total + float(metric.total), number + float(metric.count)]
-    # The rank of a batch depends on its size: over all rows it is a figure of its own.
-    return {
-        name.removeprefix("probe/"): total / number
-        for name, (total, number) in sums.items()
-        if number and not name.endswith("effective_rank")
-    }
+        if len(batch):
+            accumulator.update(probe(model, StepBatch(step, pairs=batch)), {})
+    figures = {name: value for name, value in accumulator.flush().items() if not math.isnan(value)}
+    return {name.removeprefix("probe/"): value for name, value in figures.items() if name.startswith("probe/")}
 
 
 def _rank(preprocessor: nn.Module, encoder: nn.Module, manifests: list[str], cache: str) -> float:

@@ -81,15 +81,7 @@ def _table(table: Mapping[str, Any]) -> list[str]:
         f"{table['parameters'] / 1e6:.2f} M parameters, {table['steps']} steps of {table['seconds_per_step']:g} s of "
         f"speech; {number} test utterances. {better}.",
     ]
-    lines += _trials(table)
-    for name, mark in table["marks"].items():
-        scores = ", ".join(f"{_name(m)} {mark[m]:g}" for m in metrics)
-        lines += [
-            "",
-            f"To compare with: {name}, {scores} ({mark['parameters'] / 1e6:.2f} M parameters, {mark['steps']:g} steps, "
-            f"{mark['utterances']:g} test utterances); {_beside(table, mark)}.",
-        ]
-    return lines
+    return lines + _trials(table)
 
 
 def _trials(table: Mapping[str, Any]) -> list[str]:
@@ -106,13 +98,6 @@ def _trials(table: Mapping[str, Any]) -> list[str]:
         f"Settings tried, {_name(table['metrics'][0])} of the dev utterances: {said}. The first seed's run with what "
         f"was kept is one of those compared. What they mean: {means}.",
     ]
-
-
-def _beside(table: Mapping[str, Any], mark: Mapping[str, float]) -> str:
-    """Each arm's score less the mark's, on the first metric."""
-    metric = table["metrics"][0]
-    found = {arm: row[metric]["score"]["value"] - mark[metric] for arm, row in table["arms"].items()}
-    return f"{_name(metric)} minus that: " + ", ".join(f"{arm} {value:+.1f}" for arm, value in found.items())
 
 
 def _compute(study: Mapping[str, Any]) -> list[str]:

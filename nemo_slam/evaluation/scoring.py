@@ -69,14 +69,18 @@ def check_references(rows: Sequence[dict[str, Any]], options: Options, where: st
         ValueError: one that has not, by its audio file, with the keys that it has.
     """
     for number, row in enumerate(rows, 1):
-        value = row.get(options.reference)
-        if isinstance(value, int) and not isinstance(value, bool):
-            row[options.reference] = str(value)
-        elif not isinstance(value, str):
-            raise ValueError(
-                f"{where}, line {number} ({row.get('audio_filepath', 'no audio_filepath')}): no string "
-                f"{options.reference!r} to score against; it has {', '.join(sorted(row))} (choose with --reference)"
-            )
+        audio = row.get("audio_filepath", "no audio_filepath")
+        check_reference(row, options.reference, f"{where}, line {number} ({audio})")
+
+
+def check_reference(row: dict[str, Any], reference: str, where: str) -> None:
+    """:func:`check_references` of one row."""
+    value = row.get(reference)
+    if isinstance(value, int) and not isinstance(value, bool):
+        row[reference] = str(value)
+    elif not isinstance(value, str):
+        keys = ", ".join(sorted(row)) or "no keys"
+        raise ValueError(f"{where}: no string {reference!r} to score against; it has {keys} (choose with --reference)")
 
 
 def _counts(metric: str, rows: Sequence[dict[str, Any]], options: Options) -> Counts:

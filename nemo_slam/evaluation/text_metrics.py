@@ -20,6 +20,8 @@ NORMALISATIONS = {
     "none": "texts compared as they are, after stripping",
     "basic": "NFKC, case folded, only letters, marks, digits and apostrophes kept, runs of space made one",
 }
+UNSEEN_SPACES = "\u061c\u200b\u200c\u200e\u200f\ufeff"
+"""Of what is not seen, these become a space in our tokenizers (SentencePiece's nmt_nfkc), so in hypotheses too."""
 LOWER_IS_BETTER = frozenset({"wer", "cer"})
 
 
@@ -34,8 +36,15 @@ def normalise(text: str, how: str) -> str:
     if how != "basic":
         raise ValueError(f"normalisation {how!r} is not one of {', '.join(NORMALISATIONS)}")
     folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
-    kept = "".join(c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in folded)
-    return " ".join(kept.split())
+    return " ".join("".join(map(_kept, folded)).split())
+
+
+def _kept(character: str) -> str:
+    """A character of a word as it is; what is not seen in one (a soft hyphen, a joiner) is gone; all else a space."""
+    category = unicodedata.category(character)
+    if character == "'" or category[0] in "LMN":
+        return character
+    return "" if category == "Cf" and character not in UNSEEN_SPACES else " "
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nemo_slam.data.audio import SAMPLE_RATE, AudioError, load_audio
+from nemo_slam.data.audio import SAMPLE_RATE, AudioError, check_sample_rate, load_audio
 from nemo_slam.data.manifest import RowError, duration_of, offset_of, parse_json, scan_lines, string_value
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def restore(path: str | Path) -> ASRModel | TextModel:
     """A fine-tuned model from a ``.nemo``, on the GPU if there is one, ready to use.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; not a NeMo archive; not a model that transcribes.
+        FileNotFoundError, ValueError: no such file; not a NeMo archive; not a model that transcribes speech of 16 kHz.
     """
     import torch
     from nemo.collections.asr.models import ASRModel
@@ -194,18 +194,30 @@ def restore(path: str | Path) -> ASRModel | TextModel:
         raise ValueError(
             f"{path} holds a {target}, which does not transcribe: fine-tune it with scripts/speech_finetune.py first"
         )
+    rate = (config.get("preprocessor") or {}).get("sample_rate", SAMPLE_RATE)
+    check_sample_rate(rate, f"{path}: preprocessor.sample_rate")
     return ASRModel.restore_from(str(path), map_location=device).eval()
+
+
+def questions(model: ASRModel | TextModel, inputs: Iterable[str | Path]) -> Iterator[Item]:
+    """What the inputs hold for the model to answer: utterances, or texts."""
+    if type(model).__module__.startswith(TEXT_MODELS):
+        from nemo_slam.evaluation.text_answers import find_texts
+
+        return find_texts(inputs, list(model.cfg.text_keys))
+    return find_items(inputs)
 
 
 def answers(
     model: ASRModel | TextModel, inputs: Iterable[str | Path], batch_size: int = 8, chunk_seconds: float = 30.0
 ) -> Iterator[Item]:
     """Transcripts, translations or labels of everything that the inputs hold, by whatever the model reads."""
+    items = questions(model, inputs)
     if type(model).__module__.startswith(TEXT_MODELS):
-        from nemo_slam.evaluation.text_answers import answer, find_texts
+        from nemo_slam.evaluation.text_answers import answer
 
-        return answer(model, find_texts(inputs, list(model.cfg.text_keys)), batch_size)
-    return transcribe(model, find_items(inputs), batch_size, chunk_seconds)
+        return answer(model, items, batch_size)
+    return transcribe(model, items, batch_size, chunk_seconds)
 
 
 def write_line(item: Item) -> str:

@@ -1,6 +1,7 @@
 """Probes against the same questions asked of each pair alone, and of formulas written out."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from batch_helpers import exact_features, select
 
 from nemo_slam.evaluation import probes
+from nemo_slam.objectives.metrics import MetricAccumulator
 from nemo_slam.packing import SequenceLayout
 
 PAIRS = ((0.8, 5, 7), (1.4, 12, 10), (1.1, 9, 9), (2.0, 5, 20))
@@ -49,6 +51,14 @@ def figures(metrics):
     return {metric.name.removeprefix("probe/"): (float(metric.total), float(metric.count)) for metric in metrics}
 
 
+def over(*outputs):
+    """What a run writes of the outputs of several batches."""
+    metrics = MetricAccumulator()
+    for output in outputs:
+        metrics.update(output, {})
+    return {name.removeprefix("probe/"): value for name, value in metrics.flush().items()}
+
+
 def texts_of(batch, negative=False):
     part = batch.pairs
     tokens, lengths = (part.negative_tokens, part.negative_lengths) if negative else (part.tokens, part.lengths)
@@ -73,27 +83,57 @@ def test_masked_text_with_true_other_and_no_speech(model, batch, monkeypatch):
         predicted[name] = logits.argmax(dim=1)
     for name in conditions:
         batch.pairs.tokens[masks] = predicted[name][masks]
-        found = figures(probes.cross_modal(model, probes.EncodedPairs(model, batch.pairs), batch.pairs))
+        result = probes.cross_modal(model, probes.EncodedPairs(model, batch.pairs), batch.pairs)
+        found = figures(result.metrics)
         for other in conditions:
             correct = int((predicted[other] == predicted[name])[masks].sum())
             assert found[f"text_{other}"] == (correct, int(masks.sum()))
             assert (correct == masks.sum()) == (other == name)
         masked = batch.pairs.tokens[masks].tolist()
-        assert found["token_top_share"] == (max(masked.count(t) for t in masked), len(masked))
+        assert over(result)["token_top_share"] == max(masked.count(t) for t in masked) / len(masked)
 
 
 @torch.no_grad()
 def test_masks_come_from_the_examples_and_follow_translation_lm(model, batch):
     first, again = (
-        figures(probes.cross_modal(model, probes.EncodedPairs(model, b.pairs), b.pairs))
+        figures(probes.cross_modal(model, probes.EncodedPairs(model, b.pairs), b.pairs).metrics)
         for b in (batch, select(batch, {"pairs": [0, 1, 2, 3]}))
     )
     assert first == again
     assert 10 <= first["text_given_speech"][1] <= 21  # about half of 31 tokens
     one = select(batch, {"pairs": [1]})
-    lonely = figures(probes.cross_modal(model, probes.EncodedPairs(model, one.pairs), one.pairs))
+    lonely = figures(probes.cross_modal(model, probes.EncodedPairs(model, one.pairs), one.pairs).metrics)
     assert lonely["text_given_other_speech"] == (0, 0)
     assert lonely["text_given_speech"][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [([], []), ([4], [-1]), ([4, 4], [-1, -1]), ([0, 1, 2], [1, 2, 0]), ([7, 7, 3, 7], [2, 2, 3, 2])],
+)
+def test_other_speech_says_another_text(classes, expected):
+    assert probes.next_other_text(np.array(classes, np.int64)).tolist() == expected
+
+
+@torch.no_grad()
+def test_a_pair_without_another_text_is_not_counted(model, batch):
+    batch.pairs.text_classes[:] = 3
+    found = figures(probes.cross_modal(model, probes.EncodedPairs(model, batch.pairs), batch.pairs).metrics)
+    assert found["text_given_other_speech"] == (0, 0)
+    assert found["text_given_speech"][1] > 0
+
+
+@torch.no_grad()
+def test_figures_of_shares_are_those_of_the_whole(model, batch):
+    """What is no mean of means, whichever ranks and batches hold the pairs; one share has none, one a single pair."""
+    whole = over(probes.probe(model, batch))
+    shares = over(*(probes.probe(model, select(batch, {"pairs": part})) for part in ([2], [], [0, 3], [1])))
+    for name in ("effective_rank", "token_top_share", "text_given_speech"):
+        assert shares[name] == pytest.approx(whole[name], rel=1e-5), name
+    pairs = probes.EncodedPairs(model, batch.pairs)
+    hidden, packed = pairs.encode(range(4), batch.pairs.tokens[:0], np.zeros(4), cls=False)
+    rank = float(probes.effective_rank(hidden[: packed.layout.num_valid]))
+    assert whole["effective_rank"] == pytest.approx(rank, rel=1e-5)
 
 
 @torch.no_grad()
@@ -139,6 +179,12 @@ def test_retrieval_takes_no_equal_text_for_a_rival_and_a_tie_for_a_miss(model, b
     assert [found[f"retrieval_at_{k}"][0] for k in (1, 2, 3, 4)] == [0, 0, 2, 4]
 
 
+@torch.no_grad()
+def test_scores_that_are_no_numbers_retrieve_nothing(model, batch, monkeypatch):
+    monkeypatch.setattr(probes.EncodedPairs, "scores", lambda *_: torch.full((4,), math.nan))
+    assert figures(probes.retrieval(probes.EncodedPairs(model, batch.pairs), batch.pairs))["retrieval_at_1"] == (0, 4)
+
+
 def test_choice_by_length():
     audio = np.array([100, 200, 300, 400])
     own = np.array([10, 20, 30, 40])
@@ -162,14 +208,21 @@ def test_effective_rank(rank):
     assert probes.effective_rank(rows).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("rows", [torch.zeros(0, 3), torch.ones(1, 3), torch.full((4, 3), math.nan)])
+def test_no_rank_of_too_few_rows_or_of_no_numbers(rows):
+    assert math.isnan(probes.rank_of_moments(probes.moments(rows), 3))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("pairs", [(), PAIRS[:1]], ids=["none", "one"])
 def test_names_do_not_depend_on_the_batch(model, batch, make_batch, pairs):
-    names = [metric.name for metric in probes.probe(model, batch).metrics]
-    few = probes.probe(model, make_batch(pairs=pairs)).metrics
-    assert [metric.name for metric in few] == names
-    assert len(set(names)) == len(names) == 13
-    assert all(torch.isfinite(torch.as_tensor(metric.total)) for metric in few)
+    every, few = probes.probe(model, batch), probes.probe(model, make_batch(pairs=pairs))
+    names = [metric.name for metric in every.metrics]
+    assert [metric.name for metric in few.metrics] == names
+    assert [(p.name, p.sums.shape) for p in few.pooled] == [(p.name, p.sums.shape) for p in every.pooled]
+    assert len({*names, *(pooled.name for pooled in every.pooled)}) == len(names) + 2 == 13
+    assert all(torch.isfinite(torch.as_tensor(metric.total)) for metric in few.metrics)
+    assert all(torch.isfinite(pooled.sums).all() for pooled in few.pooled)
 
 
 @pytest.mark.parametrize("probing", [True, False])

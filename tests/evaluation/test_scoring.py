@@ -117,6 +117,16 @@ def test_what_has_no_transcript_is_counted_and_the_status_says_so(evaluate, monk
     assert run(evaluate, monkeypatch, "m.nemo", "m.json") == 2
 
 
+def test_a_missing_reference_is_found_before_anything_is_transcribed(evaluate, monkeypatch, tmp_path, capsys):
+    from nemo_slam.evaluation import transcription
+
+    rows = [{"audio_filepath": "a.wav", "text": "one"}, {"audio_filepath": "b.wav", "transcript": "two"}]
+    monkeypatch.setattr(transcription, "restore", lambda path: None)
+    monkeypatch.setattr(transcription, "answers", lambda *arguments: pytest.fail("it transcribed"))
+    assert run(evaluate, monkeypatch, "m.nemo", write(tmp_path / "m.json", rows)) == 2
+    assert "m.json:2: no string 'text' to score against; it has corpus, transcript (" in capsys.readouterr().err
+
+
 def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"pred_text": "a"}\n\n{"pred_text"\n')
     with pytest.raises(ValueError, match=r"t\.jsonl:3: not JSON"):

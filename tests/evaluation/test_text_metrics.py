@@ -7,8 +7,17 @@ import jiwer
 import numpy as np
 import pytest
 import sacrebleu
+import sentencepiece
 
-from nemo_slam.evaluation.text_metrics import Counts, bootstrap, count, normalise, paired_bootstrap
+from nemo_slam.data.tokenizer import _NORMALISATION
+from nemo_slam.evaluation.text_metrics import (
+    UNSEEN_SPACES,
+    Counts,
+    bootstrap,
+    count,
+    normalise,
+    paired_bootstrap,
+)
 
 REFERENCES = ["press one to record your greeting", "hold the line", "thank you for calling", "goodbye"]
 HYPOTHESES = ["press one to recall your greeting", "hold line", "thank you for for calling", "good bye"]
@@ -95,10 +104,19 @@ def test_pairing_needs_the_same_utterances():
         ("caf\u0065\u0301", "café"),
         ("...", ""),
         ("नमस्ते।", "नमस्ते"),
+        ("so\u00adft കണ്\u200dമണി", "soft കണ്മണി"),  # not seen, and no end of a word
     ],
 )
 def test_basic_normalisation(text, expected):
     assert normalise(text, "basic") == expected
+
+
+@pytest.mark.parametrize("character", UNSEEN_SPACES + "\u00ad\u200d")
+def test_what_is_not_seen_is_no_error_of_what_a_tokenizer_gives_back(character):
+    """A tokenizer of ours makes some of it a space, in what a model learns and so in what it says."""
+    text = f"می{character}خواهم"
+    said = sentencepiece.SentencePieceNormalizer(rule_name=_NORMALISATION).normalize(text).replace("\u2581", " ")
+    assert normalise(said, "basic") == normalise(text, "basic")
 
 
 def test_no_normalisation_keeps_case_and_marks():
