@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer, seed_everything
 from nemo.core.classes import ModelPT
 from nemo.utils import logging
@@ -24,7 +23,7 @@ from nemo_slam.finetuning.stopping import EarlyStopping
 from nemo_slam.finetuning.task import Task, plain, prepare_corpus
 from nemo_slam.finetuning.text_tasks import ClassificationTask, TranslationTask
 from nemo_slam.modules.conformer import ConformerConfig
-from nemo_slam.training.checkpoints import checkpoint_callback, finished_checkpoints
+from nemo_slam.training.checkpoints import checkpoint_callback, finished_checkpoints, seed_dropout
 from nemo_slam.training.precision import check_run
 from nemo_slam.training.pretrain import data_identity, fit, make_trainer, save_nemo
 from nemo_slam.training.run_folder import make_run_folder
@@ -99,7 +98,7 @@ def finetune(cfg: DictConfig) -> Path:
     with alone_in(run_folder, trainer.is_global_zero):
         node = task.model_node()
         model = import_class_by_path(node.target)(cfg=node, trainer=trainer)
-        torch.manual_seed(cfg.seed + trainer.global_rank)  # dropout: the same weights on all ranks, other draws
+        seed_dropout(cfg.seed, trainer.global_rank)
 
         bad_rows = BadRows(run_folder / "bad_rows.jsonl", cfg.data.on_bad_row)
         streams = {split: task.stream(model, split, bad_rows) for split in ("train", "validation")}
@@ -141,6 +140,8 @@ def finetune(cfg: DictConfig) -> Path:
                     logging.warning(f"no validation gave a number for {callback.monitor}: the last weights are kept")
                 else:
                     logging.info(f"weights of step {best}, the best by {callback.monitor}")
+            with open_dict(model.cfg):  # NeMo would give the file's groups to later runs, over the rate that they set
+                model.cfg.pop("optim_param_groups", None)
             save_nemo(model, run_folder / f"{cfg.name}.nemo")
     if trainer.is_global_zero:
         minutes = (time.perf_counter() - started) / 60

@@ -168,6 +168,8 @@ def test_result_is_a_stock_model_with_the_pretrained_features(straight):
     assert model.cfg.preprocessor.pad_to == 0
     assert model.cfg.validation_ds.shuffle is False
     assert not [name for name in read_weights(path) if "_extra_state" in name]
+    model.setup_optimization({"name": "adamw", "lr": 1e-5})  # as NeMo's own fine-tuning does
+    assert {group["lr"] for group in model._optimizer.param_groups} == {1e-5}
 
 
 def speak(model):
@@ -260,6 +262,13 @@ def test_what_cannot_work_says_so_at_once(corpus, tmp_path, override, message):
         finetune(scratch(corpus, tmp_path, override.format(corpus.parent)))
 
 
+@pytest.mark.parametrize("key", ["model.sample_rate", "model.preprocessor.sample_rate"])
+def test_features_of_another_rate_are_refused(corpus, tmp_path, key):
+    with pytest.raises(ValueError, match=f"{key} is 8000, but all audio is read as 16000 Hz"):
+        SpeechTask(scratch(corpus, tmp_path, f"{key}=8000"), tmp_path, None).model_node()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_tokenizer_of_an_earlier_start_is_not_taken_for_another(corpus, tmp_path):
     """A start that ended before its first checkpoint leaves one, and the next may ask for another."""
     task = SpeechTask(scratch(corpus, tmp_path), tmp_path / "run", None)
@@ -319,6 +328,7 @@ def test_other_stock_models_take_the_encoder(corpus, tmp_path, waves, name, targ
     assert [row["step"] for row in rows(run_folder)] == ["1", "2", "2"]
     model = restore(run_folder / f"{name}.nemo")
     assert type(model).__name__ == target
+    assert model.cfg.train_ds.use_start_end_token == (name == "st")  # what NeMo's own scripts begin from
     assert not [key for key in model.state_dict() if "_extra_state" in key]
     together = [item.row["pred_text"] for item in transcribe(model, find_items(waves[0]), batch_size=3)]
     assert [next(transcribe(model, find_items([path]))).row["pred_text"] for path in waves[0]] == together
