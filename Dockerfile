@@ -2,7 +2,7 @@
 #
 #   docker build -t nemo_slam .
 #   docker run --gpus all --ipc=host -v DATA:/workspace/nemo_slam/data -v RUNS:/workspace/nemo_slam/runs nemo_slam \
-#       python scripts/speech_pretrain.py --config-name slam_stage1
+#       python3 scripts/speech_pretrain.py --config-name slam_stage1
 #
 # Any base with Python 3.11 or newer and pip will do: --build-arg BASE_IMAGE=... Without torch in it, torch comes from the
 # package index, as constraints.txt pins it.
@@ -39,8 +39,11 @@ RUN python3 -m pip install --no-deps --editable . \
  && chown slam:slam . data runs
 
 # The Makefile uses this interpreter instead of making .venv; a later `pip install` cannot replace the base's packages either.
+# Caches lie where any user of `docker run --user` may write, one without a home folder too: Numba ends the run otherwise.
 ENV READY_PYTHON=python3 \
-    PIP_CONSTRAINT=/opt/base-packages.txt
+    PIP_CONSTRAINT=/opt/base-packages.txt \
+    NUMBA_CACHE_DIR=/tmp/numba \
+    TRITON_CACHE_DIR=/tmp/triton
 USER 10001
 
 HEALTHCHECK --interval=5m --timeout=1m --start-period=1m CMD ["python3", "-c", "import torch, slam_kernels, nemo_slam"]

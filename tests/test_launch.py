@@ -144,14 +144,14 @@ def test_a_finished_job_is_not_queued_again(slurm):
     status, log, asked, command = slurm("exit 0")
     assert (status, asked) == (0, []), log
     assert {"--container-image=/shared/nemo_slam.sqsh", "--cpus-per-task=12"} <= set(command)
-    run = command[command.index("python") :]
+    run = command[command.index("python3") :]
     assert run[1:5] == ["scripts/speech_pretrain.py", "--config-name", "slam_stage1", "data=paper"]
     assert run[5:] == ["trainer.num_nodes=4", "trainer.devices=8"]
 
 
 def test_a_job_may_fine_tune(slurm):
     *_, command = slurm("exit 0", arguments=FINE_TUNING)
-    assert command[command.index("python") + 1 :] == [*FINE_TUNING, "trainer.num_nodes=4", "trainer.devices=8"]
+    assert command[command.index("python3") + 1 :] == [*FINE_TUNING, "trainer.num_nodes=4", "trainer.devices=8"]
 
 
 def test_a_failed_job_is_not_queued_again(slurm):
