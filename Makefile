@@ -105,7 +105,7 @@ learning: setup data  ## does it learn speech and text? three seeds of stage 1 o
 study: setup data  ## does pre-training help? several arms and seeds, hours on two cores; again: go on
 	@$(RUN) benchmarks/study.py $(ARGS)
 
-ablations: setup data  ## what does each part of pre-training do? eleven variants, three seeds; again: go on
+ablations: setup data  ## what does each part of pre-training do? ten variants, three seeds; again: go on
 	@OMP_NUM_THREADS=1 $(RUN) benchmarks/ablations.py $(ARGS)
 
 report: setup  ## report.html of a run (RUNS="DIR ..." for others): health, curves, examples

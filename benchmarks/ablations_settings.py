@@ -66,20 +66,18 @@ class Ablations:
             ),
             "no_matching": Variant("no speech-text matching (STM)", ("model.objectives.matching=null",)),
             "no_ctc": Variant("no CTC", ("model.objectives.ctc=null",)),
-            "speech_mask_0.03": Variant(
-                "masked speech: spans start with 0.03, not 0.065",
-                ("model.objectives.masked_speech.masking.start_probability=0.03",),
-            ),
             "speech_mask_0.129": Variant(
                 "masked speech: spans start with 0.129, not 0.065",
                 ("model.objectives.masked_speech.masking.start_probability=0.129",),
             ),
             "text_mask_0.3": Variant("masked text: 30%, not 15%", ("model.objectives.masked_text.masking.rate=0.3",)),
             "group_norm_padded": Variant(
-                "GroupNorm as NeMo has it, padding counted; in fine-tuning too", norm="group_norm"
+                "NeMo's GroupNorm, padding counted, in batches padded over speech, text and pairs; in fine-tuning too",
+                norm="group_norm",
             ),
             "batch_norm": Variant(
-                "BatchNorm as NeMo has it, padding counted; in fine-tuning too, where its running statistics go on",
+                "NeMo's BatchNorm, padding counted, in batches padded over speech, text and pairs; in fine-tuning too, "
+                "where its running statistics go on",
                 norm="batch_norm",
             ),
         }

@@ -77,7 +77,6 @@ def table(plan: Plan, name: str, labels: str, notes: Mapping[str, float]) -> dic
         "parameters": sum(p.numel() for p in restore(first).parameters()),
         "metrics": list(task.metrics),
         "choices": {arm: task.choices_of(arm) for arm in runs},
-        "marks": dict(task.marks) if labels == "all" else {},
         "arms": rows,
     }
 

@@ -36,8 +36,6 @@ class Task:
         labels: ``all`` training rows, or ``few`` of the first language's.
         reference: the key of the rows to reach; test rows without it are left out.
         languages: of the test utterances.
-        marks: figures of others to compare with: name, then score by metric, ``steps``, ``parameters``,
-            ``utterances``.
         choices: name -> further keys. Every arm tries each with the first seed and keeps the best on the dev
             utterances, by the first metric: the same effort for all.
         baseline_choices: as many for the baseline, where those of the others need pre-trained weights.
@@ -52,7 +50,6 @@ class Task:
     metrics: tuple[str, ...]
     languages: tuple[str, ...]
     keys: tuple[str, ...] = ()
-    marks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"usual": ()})
     baseline_choices: Mapping[str, tuple[str, ...]] | None = None
 
@@ -77,7 +74,7 @@ class Study:
     common: tuple[str, ...] = ("model=tiny",)
     seeds: tuple[int, ...] = (0, 1, 2)  # of fine-tuning; an arm is pre-trained once
     few: int = 40  # labelled utterances
-    longest_test: float = 10.0  # seconds of a test utterance, those of the marks
+    longest_test: float = 10.0  # seconds of a test utterance
     arms: Mapping[str, Pretraining] = field(
         default_factory=lambda: {
             "speech": Pretraining("slam_stage1", 1200, ("model.objectives.masked_text=null",)),
@@ -93,22 +90,6 @@ class Study:
                 *("text", ("cer", "wer"), ("es",)),
                 choices={"usual": _NO_DROPOUT, "afresh": (*_NO_DROPOUT, "reinit_last_layers=2"), "dropout": _DROPOUT},
                 baseline_choices={"usual": _NO_DROPOUT, "masked": (*_NO_DROPOUT, *_MUCH_MASKING), "dropout": _DROPOUT},
-                marks={
-                    "stock NeMo from scratch": {
-                        "cer": 19,
-                        "wer": 64,
-                        "steps": 600,
-                        "parameters": 4.13e6,
-                        "utterances": 43,
-                    },
-                    "stock NeMo after BEST-RQ": {
-                        "cer": 29,
-                        "wer": 79,
-                        "steps": 600,
-                        "parameters": 4.13e6,
-                        "utterances": 43,
-                    },
-                },
             ),
             "short": Task(
                 *("Spanish recognition (CTC) in a third of the steps", "asr_ctc", 200),

@@ -3,7 +3,8 @@
     python benchmarks/with_norm.py group_norm scripts/speech_pretrain.py --config-name slam_stage1 model=tiny
 
 group_norm, batch_norm: NeMo's ConformerConvolution on a batch of all sequences, padded to the longest, so that the
-statistics count the padding, as NeMo's do. A model that was trained so is fine-tuned, transcribed with and probed so.
+statistics count the padding, as NeMo's do. In pre-training that batch holds texts beside speech: more padding than
+in NeMo's batches of one kind. A model that was trained so is fine-tuned, transcribed with and probed so.
 """
 
 from __future__ import annotations
