@@ -6,8 +6,10 @@
 
 Each variant is pre-trained from scratch in one stage, then fine-tuned to recognise Spanish in few steps. Every run is a
 command of this project with its own run folder; calling again goes on where it stopped, and several calls may share a
-folder. The whole writes benchmarks/results/ablations.json, docs/ablations.md and its pictures in docs/images, a part of
-it or --quick writes to --folder. The settings stand in ablations_settings.py.
+folder. Of each arm and seed that is done a record of a few kB is kept in benchmarks/results/ablations, and it is not
+run again, with or without its folder. The whole writes benchmarks/results/ablations.json, docs/ablations.md and its
+pictures in docs/images, a part of it writes to --folder; --quick writes all to --folder. The settings stand in
+ablations_settings.py.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class Plan:
     def __init__(self, options: argparse.Namespace):
         self.settings = ABLATIONS.quick() if options.quick else ABLATIONS
         self.folder: Path = options.folder
+        self.records = self.folder / "records" if options.quick else ROOT / "benchmarks" / "results" / "ablations"
         self.arms = [arm for arm in (*self.settings.variants, UNTRAINED) if arm in options.variants]
         self.seeds: list[int] = options.seeds
         self.judged_on = [options.data_root / name for name in self.settings.judged_on]
@@ -50,6 +53,9 @@ class Plan:
 
     def output(self, kind: str, arm: str, seed: int, file: str) -> Path:
         return self.nemo(kind, arm, seed).parent / file
+
+    def record(self, arm: str, seed: int) -> Path:
+        return self.records / f"{arm}_{seed}.json"
 
     def wrapper(self, arm: str) -> tuple[str, ...]:
         norm = None if arm == UNTRAINED else self.settings.variants[arm].norm
@@ -76,14 +82,15 @@ class Plan:
             Step(f"{nemo.stem}: transcripts", "transcribe.py", given, out, wrapper),
         ]
 
+    def steps_of(self, arm: str, seed: int) -> list[Step]:
+        return [*([] if arm == UNTRAINED else [self.pretraining(arm, seed)]), *self.judging(arm, seed)]
+
+    def order(self) -> list[tuple[str, int]]:
+        """Arms and seeds in an order whose every part is a fair one: seeds outermost."""
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
     def steps(self) -> list[Step]:
-        """In an order whose every part is a fair one: seeds outermost."""
-        found = []
-        for seed in self.seeds:
-            for arm in self.arms:
-                found += [] if arm == UNTRAINED else [self.pretraining(arm, seed)]
-                found += self.judging(arm, seed)
-        return found
+        return [step for arm, seed in self.order() for step in self.steps_of(arm, seed)]
 
 
 def main() -> None:
@@ -91,24 +98,27 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     options.folder = options.folder.resolve()
     plan = Plan(options)
-    steps = plan.steps()
     if options.dry_run:
-        print("\n".join(step.shown for step in steps))
+        print("\n".join(step.shown for step in plan.steps()))
         return
     if not (options.data_root / "corpus.json").is_file():
         sys.exit(f"ablations: {options.data_root} is no prepared corpus: run python scripts/prepare_data.py prompts")
-    for number, step in enumerate(steps, 1):
-        print(f"[{number}/{len(steps)}] {step.name}", flush=True)
-        run(step, options.folder)
 
-    from ablations_results import results, write  # beside this file
+    from ablations_records import read_record, write_record  # these two beside this file
+    from ablations_results import results, write
 
+    for number, (arm, seed) in enumerate(plan.order(), 1):
+        done = read_record(plan, arm, seed) is not None
+        print(f"[{number}/{len(plan.order())}] {arm}, seed {seed}{': done before' if done else ''}", flush=True)
+        if not done:
+            for step in plan.steps_of(arm, seed):
+                run(step, options.folder)
+            write_record(plan, arm, seed, options.data_root)
+    records = {arm: [found for seed in plan.seeds if (found := read_record(plan, arm, seed))] for arm in plan.arms}
     whole = not options.quick and plan.arms == [*ABLATIONS.variants, UNTRAINED]
     whole = whole and set(options.seeds) >= set(ABLATIONS.seeds)
     folder = options.folder
-    write(
-        results(plan, options.data_root), *((ROOT / "benchmarks/results", ROOT / "docs") if whole else (folder, folder))
-    )
+    write(results(plan, records), *((ROOT / "benchmarks/results", ROOT / "docs") if whole else (folder, folder)))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ablations_results import FIGURES  # these two beside this file
+from ablations_records import FIGURES, METRIC  # these two beside this file
 from ablations_settings import BASE, UNTRAINED
 
 from nemo_slam.evaluation.comparison import RESAMPLES, verdict
 from nemo_slam.evaluation.report.figures import COLOURS, GREY, canvas, svg
 from nemo_slam.evaluation.text_metrics import Interval
 
-METRIC = "cer"
 RECOGNITION, HELD_OUT = "ablations_recognition.svg", "ablations_held_out.svg"
 UNCLEAR = "not clear"
 
@@ -41,7 +40,8 @@ def page(found: Mapping[str, Any]) -> str:
     lines = [
         "# Ablations: what does each part do?",
         "",
-        "Made by `make ablations` (`benchmarks/ablations.py`); the numbers are in `benchmarks/results/ablations.json`.",
+        "Made by `make ablations` (`benchmarks/ablations.py`); the numbers are in `benchmarks/results/ablations.json`, "
+        "those of each run in `benchmarks/results/ablations`.",
         "",
         _design(found),
         "",
@@ -73,10 +73,10 @@ def page(found: Mapping[str, Any]) -> str:
     ]
     for arm, row in variants.items():
         lines.append(f"| {arm} | {row['minutes']['pre-training']:.1f} | {row['minutes']['fine-tuning']:.1f} |")
-    total, there = sum(found["seconds"].values()) / 3600, found["environment"]
     made = ", ".join(commit[:13] for commit in found["commits"])
+    there = "; ".join(found["CPU"])
     return (
-        "\n".join([*lines, "", f"{total:.2f} hours in all; on {there['CPU']}; the runs are of commit {made}."]) + "\n"
+        "\n".join([*lines, "", f"{found['hours']:.2f} hours in all; on {there}; the runs are of commit {made}."]) + "\n"
     )
 
 

@@ -1,135 +1,56 @@
-"""Results of finished ablations: scores, differences, held-out figures, compute; the files that hold them."""
+"""Results of the ablations from the records of their arms: scores, differences, held-out figures, compute; the files
+that hold them."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ablations_settings import BASE, UNTRAINED  # these three beside this file
-from steps import commits, seconds
-from study_results import config_of, labelled, training_files
+from ablations_records import FIGURES, counts_of  # these two beside this file
+from ablations_settings import BASE, UNTRAINED
+
+from nemo_slam.evaluation.comparison import compare_counts
 
 if TYPE_CHECKING:
     from ablations import Plan
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A held-out figure of pre-training: a column of metrics.csv, perhaps less another one, times a scale."""
-
-    title: str
-    column: str
-    less: str | None = None
-    scale: float = 1.0
-
-    def of(self, row: Mapping[str, str]) -> float | None:
-        """None where the run has no such figure."""
-        found = [row.get(name) for name in (self.column, self.less) if name is not None]
-        if not all(found):
-            return None
-        values = [float(value) for value in found if value]
-        return self.scale * (values[0] - sum(values[1:]))
-
-
-FIGURES = (
-    Figure("codes: information gain, nat", "val_masked_speech/code_information_gain"),
-    Figure("codes: perplexity", "val_masked_speech/code_perplexity"),
-    Figure(
-        *("contrastive margin, points", "val_probe/contrastive_accuracy"),
-        *("val_probe/contrastive_accuracy_other_context", 100),
-    ),
-    Figure("masked text, % right", "val_masked_text/token_accuracy", scale=100),
-    Figure("TLM text, % right", "val_translation_lm/token_accuracy", scale=100),
-    Figure("matching, % right", "val_matching/accuracy", scale=100),
-    Figure("CTC loss, nat a character", "val_ctc"),
-)
-
-
-def held_out(metrics: Path) -> dict[str, float]:
-    """The figures of a run's last validation.
-
-    Raises:
-        ValueError: the run was never validated.
-    """
-    with metrics.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val_loss")]
-    if not rows:
-        raise ValueError(
-            f"{metrics} has no row with val_loss: the run was never validated, or ended in its only validation. Delete "
-            f"{metrics.parent}; the same command trains it again"
-        )
-    values = {figure.title: figure.of(rows[-1]) for figure in FIGURES}
-    return {title: value for title, value in values.items() if value is not None}
-
-
-def results(plan: Plan, data_root: Path) -> dict[str, Any]:
-    """What the runs' own files say; ``ablations_page`` writes it out."""
-    from nemo_slam.evaluation.comparison import compare_arms
-    from nemo_slam.training.environment import environment
-
-    notes = seconds(plan.steps(), plan.folder)
-    transcripts = {
-        arm: [plan.output("finetune", arm, seed, "transcripts.jsonl") for seed in plan.seeds] for arm in plan.arms
-    }
-    scores = compare_arms(transcripts, ("cer",), "text", BASE)
-    train = config_of(plan.nemo("finetune", plan.arms[0], plan.seeds[0]))["data"]["train_ds"]
+def results(plan: Plan, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What the records say, by arm, one of each seed; ``ablations_page`` writes it out."""
+    scores = compare_counts({arm: [counts_of(record) for record in own] for arm, own in records.items()}, BASE)
+    every = [record for own in records.values() for record in own]
     return {
-        "corpus": json.loads((data_root / "corpus.json").read_text())["speakers"],
+        "corpus": every[0]["speakers"],
         "settings": asdict(plan.settings),
         "seeds": plan.seeds,
-        "labelled": labelled(train, "text"),
-        "base": _base(plan),
-        "variants": {arm: _variant(plan, arm, scores[arm]["cer"], notes) for arm in plan.arms},
-        "environment": environment(),
-        "commits": commits(plan.steps()),
-        "seconds": notes,
+        "labelled": every[0]["labelled"],
+        "base": records[BASE][0]["trained_on"] if BASE in records else None,
+        "variants": {arm: _variant(plan, arm, own) | scores[arm] for arm, own in records.items()},
+        "CPU": sorted({record["CPU"] for record in every}),
+        "commits": sorted({record["commit"] for record in every}),
+        "hours": sum(sum(record["seconds"].values()) for record in every) / 3600,
     }
 
 
-def _variant(plan: Plan, arm: str, score: Mapping[str, Any], notes: Mapping[str, float]) -> dict[str, Any]:
-    trained, number = arm != UNTRAINED, len(plan.seeds)
-    figures = [held_out(plan.output("pretrain", arm, seed, "metrics.csv")) for seed in plan.seeds if trained]
-    own = {step.name for seed in plan.seeds for step in plan.judging(arm, seed)}
+def _variant(plan: Plan, arm: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    figures = [record["held_out"] for record in records]
+    times = [(name.startswith("pretrain"), s) for record in records for name, s in record["seconds"].items()]
+    trained = arm != UNTRAINED
     return {
         "title": plan.settings.variants[arm].title if trained else "no pre-training: the encoder as it was drawn",
-        **score,
         "held_out": {
             figure.title: [found[figure.title] for found in figures]
             for figure in FIGURES
-            if figures and all(figure.title in found for found in figures)
+            if all(figure.title in found for found in figures)
         },
         "minutes": {
-            "pre-training": sum(notes[plan.nemo("pretrain", arm, seed).stem] for seed in plan.seeds if trained)
-            / (60 * number),
-            "fine-tuning": sum(notes[name] for name in own) / (60 * number),
+            "pre-training": sum(s for first, s in times if first) / (60 * len(records)),
+            "fine-tuning": sum(s for first, s in times if not first) / (60 * len(records)),
         },
     }
-
-
-def _base(plan: Plan) -> dict[str, Any] | None:
-    """What the base run trained on and for, by its own config."""
-    if BASE not in plan.arms:
-        return None
-    config = config_of(plan.nemo("pretrain", BASE, plan.seeds[0]))
-    objectives, streams = config["model"]["objectives"], config["data"]["train_ds"]
-    return {
-        "weights": {name: node["weight"] for name, node in objectives.items() if node is not None},
-        "seconds_per_step": {kind: streams[kind]["frames_per_step"] / 100 for kind in ("speech", "pairs")},
-        "tokens_per_step": streams["text"]["tokens_per_step"],
-        "hours": {kind: _hours(streams[kind]["manifest_filepath"]) for kind in ("speech", "pairs")},
-        "pairs": training_files(streams["pairs"]),
-    }
-
-
-def _hours(manifests: str | list[str]) -> float:
-    """Of the manifests' rows."""
-    paths = [manifests] if isinstance(manifests, str) else manifests
-    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return sum(json.loads(line)["duration"] for line in lines) / 3600
 
 
 def write(found: Mapping[str, Any], numbers: Path, text: Path) -> None:

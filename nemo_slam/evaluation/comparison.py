@@ -66,17 +66,25 @@ def compare_arms(
     table: dict[str, dict[str, Any]] = {arm: {} for arm in files}
     for metric in metrics:
         own = {arm: pooled(paths, metric, reference) for arm, paths in files.items()}
-        together = {arm: over_seeds(counts) for arm, counts in own.items()}
-        for arm, counts in own.items():
-            difference = None
-            if arm != baseline and baseline in own:
-                difference = vars(paired_bootstrap(together[baseline], together[arm], RESAMPLES))
-            table[arm][metric] = {
-                "score": vars(bootstrap(together[arm], RESAMPLES)),
-                "seeds": [c.total() for c in counts],
-                "difference": difference,
-                "utterances": len(counts[0].per_utterance),
-            }
+        for arm, row in compare_counts(own, baseline).items():
+            table[arm][metric] = row
+    return table
+
+
+def compare_counts(counts: Mapping[str, Sequence[Counts]], baseline: str) -> dict[str, dict[str, Any]]:
+    """As `compare_arms`, of one metric's counts by arm, one of each seed, the utterances in one order for all."""
+    together = {arm: over_seeds(own) for arm, own in counts.items()}
+    table = {}
+    for arm, own in counts.items():
+        difference = None
+        if arm != baseline and baseline in counts:
+            difference = vars(paired_bootstrap(together[baseline], together[arm], RESAMPLES))
+        table[arm] = {
+            "score": vars(bootstrap(together[arm], RESAMPLES)),
+            "seeds": [c.total() for c in own],
+            "difference": difference,
+            "utterances": len(own[0].per_utterance),
+        }
     return table
 
 

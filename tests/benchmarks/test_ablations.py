@@ -6,7 +6,8 @@ from pathlib import Path
 import ablations
 import pytest
 from ablations_page import HELD_OUT, RECOGNITION, page, pictures
-from ablations_results import held_out, results, write
+from ablations_records import held_out, read_record, settings_of, write_record
+from ablations_results import results, write
 from ablations_settings import ABLATIONS, BASE, UNTRAINED
 from steps import note_file
 
@@ -144,7 +145,8 @@ def leave(step, data_root, gain):
         step.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return
     (step.output.parent / "config.yaml").write_text(json.dumps(config))
-    (step.output.parent / "environment.json").write_text(json.dumps({"commit": "3" * 40}))
+    made = {"commit": "3" * 40, "torch": "2.13.0", "nemo_toolkit": "3.0.0", "CPU": "a CPU"}
+    (step.output.parent / "environment.json").write_text(json.dumps(made))
 
 
 @pytest.fixture
@@ -156,9 +158,51 @@ def found(tmp_path):
     (tmp_path / "data" / "manifests" / "es_train.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--folder", str(tmp_path / "a"), "--data-root", str(tmp_path / "data"), "--seeds", "0", "1"]
     the_plan = plan(*arguments, "--variants", *WRONG)
+    the_plan.records = tmp_path / "records"
     for step in the_plan.steps():
         leave(step, tmp_path / "data", gain=0.25)
-    return results(the_plan, tmp_path / "data")
+    records = {}
+    for arm, seed in the_plan.order():
+        write_record(the_plan, arm, seed, tmp_path / "data")
+        records.setdefault(arm, []).append(read_record(the_plan, arm, seed))
+    return results(the_plan, records)
+
+
+def test_what_is_recorded_is_not_run_again(tmp_path, monkeypatch):
+    """Without its run folders, as in a fresh clone; a record of other settings is refused."""
+    (tmp_path / "corpus.json").write_text("{}")
+    arguments = ["--quick", "--folder", str(tmp_path), "--data-root", str(tmp_path), "--seeds", "0", "--variants"]
+    the_plan = plan(*arguments, BASE, UNTRAINED)
+    the_plan.records.mkdir()
+    record = {"seed": 0, "commit": "3" * 40, "CPU": "a CPU", "seconds": {}, "speakers": "", "labelled": 1}
+    record |= {"trained_on": None, "held_out": {}, "errors": [1, 2], "characters": [10, 10]}
+    ran = []
+
+    def run(step, folder):
+        ran.append(step.name)
+        settings = {"settings": settings_of(the_plan, UNTRAINED)}
+        the_plan.record(UNTRAINED, 0).write_text(json.dumps(record | settings))
+
+    monkeypatch.setattr(ablations, "run", run)
+    monkeypatch.setattr("ablations_records.write_record", lambda *rest: None)
+    monkeypatch.setattr("sys.argv", ["ablations.py", *arguments, BASE, UNTRAINED])
+    the_plan.record(BASE, 0).write_text(json.dumps(record | {"settings": settings_of(the_plan, BASE)}))
+    ablations.main()
+    assert ran == [step.name for step in the_plan.judging(UNTRAINED, 0)]
+    assert (tmp_path / "ablations.md").is_file()
+    the_plan.record(BASE, 0).write_text(json.dumps(record | {"settings": {}}))
+    with pytest.raises(SystemExit, match=r"base_0.json is of other settings than ablations_settings.py. Delete it"):
+        ablations.main()
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "benchmarks/results/ablations").glob("*.json")), ids=lambda p: p.stem)
+def test_a_record_is_of_the_settings_and_of_the_same_utterances(record):
+    arm, _, seed = record.stem.rpartition("_")
+    found = read_record(plan(), arm, int(seed))
+    assert found["seed"] == int(seed)
+    first = json.loads(min(record.parent.glob("*.json")).read_text())
+    assert found["characters"] == first["characters"]
+    assert len(found["errors"]) == len(found["characters"])
 
 
 def test_the_page_says_what_the_numbers_say(found):
