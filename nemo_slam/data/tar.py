@@ -21,7 +21,7 @@ from nemo_slam.data.remote import Source, is_remote, with_file
 
 _AT_ONCE = 32
 _NAMED = 3  # of many files, in a message
-_MATCHING = 2  # raised when rows find their members in another way: what was indexed before must not be used
+_MATCHING = 3  # raised when rows find their members in another way: what was indexed before must not be used
 _COLUMNS = ("<i8", "<u4", "<i4", "<i8", "<i8")
 _SUB = re.compile(r"^(.+)-sub\d+(\.\w+)?$")  # both as in NeMo
 _SHARD = re.compile(r"audio[^/]*_(\d+)[^/]*\.tar")
@@ -43,7 +43,7 @@ class TarMembers:
     - the member's whole name may be the end of the row's: `/data/spk1/utt.wav` finds `spk1/utt.wav` or `utt.wav`, never
       `spk2/utt.wav`.
 
-    Where several members fit (NeMo has a recording in each shard with rows of it), the row's `shard_id` decides.
+    A row with a `shard_id` finds it in the tar file of that number alone, as in NeMo: a name may occur in every shard.
 
     Members are held as 40 bytes each: 64 bits of a hash stand for a name. Only headers are read.
 
@@ -54,7 +54,7 @@ class TarMembers:
 
     def __init__(self, paths: Sequence[Source]):
         self._paths = list(paths)
-        self._shards = [_shard(path) for path in paths]
+        self._shards = _shards(paths)
         self._damaged: list[str] = []
         columns: list[list[np.ndarray]] = [[np.zeros(0, dtype)] for dtype in _COLUMNS]
         # Headers come one request at a time, from an object store or a network file system: many files at once.
@@ -86,15 +86,13 @@ class TarMembers:
         whole = _plain(row.audio_filepath)
         for name in _names(whole):
             stem, suffix = posixpath.splitext(name)
-            if fitting := self._of_stem(_digest(stem)):
+            if fitting := self._of_stem(_digest(stem), row.shard_id):
                 break
         else:
             raise RowError(f"{row.audio_filepath}: in none of the tar files{self._why_not(row.shard_id)}: {_WAY_OUT}")
-        exact = {i for i in fitting if self._suffixes[i] == _checksum(suffix)} or fitting
-        of_shard = {i for i in fitting if self._shards[self._tars[i]] == row.shard_id is not None} or fitting
-        chosen = exact & of_shard
+        chosen = [i for i in fitting if self._suffixes[i] == _checksum(suffix)] or fitting
         if len(chosen) != 1:
-            files = list(dict.fromkeys(str(self._path(i)) for i in sorted(fitting)))
+            files = list(dict.fromkeys(str(self._path(i)) for i in fitting))
             raise RowError(
                 f"{row.audio_filepath}: fits {len(fitting)} members of the tar files, in {_some(files)}, and its "
                 f"shard_id ({row.shard_id}) does not tell which: {_WAY_OUT}"
@@ -111,11 +109,11 @@ class TarMembers:
             raise RowError(f"{row.audio_filepath}: cut off, {self._path(member)} is truncated")
         return int(self._tars[member]), int(self._offsets[member]), int(self._sizes[member])
 
-    def _of_stem(self, digest: int) -> set[int]:
+    def _of_stem(self, digest: int, shard_id: int | None) -> list[int]:
         first = end = int(np.searchsorted(self._stems, digest))
         while end < len(self._stems) and self._stems[end] == digest:
             end += 1
-        return set(range(first, end))
+        return [i for i in range(first, end) if shard_id is None or self._shards[self._tars[i]] in (shard_id, None)]
 
     def _path(self, member: int) -> Source:
         return self._paths[self._tars[member]]
@@ -124,6 +122,8 @@ class TarMembers:
         numbered = zip(self._paths, self._shards, strict=True)
         of_shard = [str(path) for path, number in numbered if number == shard_id is not None]
         said = f"its shard is {_some(of_shard)}; " if of_shard else ""
+        if not of_shard and shard_id is not None and None not in self._shards:
+            said = f"none of them is its shard, {shard_id}; "
         said += f"not read to the end: {_some(self._damaged)}; " if self._damaged else ""
         return f" ({said[:-2]})" if said else ""
 
@@ -142,10 +142,14 @@ def _names(whole: str) -> Iterator[str]:
             yield recording
 
 
-def _shard(path: Source) -> int | None:
-    """The number that NeMo reads from a tar file's name, the `shard_id` of its rows."""
-    match = _SHARD.search(str(path))
-    return int(match[1]) if match else None
+def _shards(paths: Sequence[Source]) -> list[int | None]:
+    """The number that NeMo reads from each tar file's name, the `shard_id` of its rows.
+
+    None where all have the same one, as in `audio_0_of_8.tar`: it is not theirs.
+    """
+    matches = [_SHARD.search(str(path)) for path in paths]
+    numbers = [int(match[1]) if match else None for match in matches]
+    return numbers if len(set(numbers)) > 1 or len(numbers) == 1 else [None] * len(numbers)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -133,14 +133,29 @@ def test_two_rows_do_not_share_a_member(tmp_path, names):
 def test_members_between_which_nothing_decides(tmp_path):
     shards = Shards(tmp_path, {"a.wav": "0", "b.wav": ""}, {"a.wav": "1", "b.flac": ""}, {"a.wav": "2"})
     assert [shards.read("a.wav", shard) for shard in (2, 0, 1)] == ["2", "0", "1"]
-    for name, shard in [("a.wav", None), ("a.wav", 7), ("a-sub1.wav", None), ("b.ogg", None)]:
+    for name, shard in [("a.wav", None), ("a-sub1.wav", None), ("b.ogg", None)]:
         with pytest.raises(
             RowError, match=rf"^{name}: fits \d members of the tar files, in .*audio_0\.tar; .*shard_id"
         ):
             shards.read(name, shard)
     assert shards.read("b.wav") == ""
-    with pytest.raises(RowError, match=r"^b\.wav: fits 2 members"):  # its extension says one, its shard another
-        shards.read("b.wav", 1)
+
+
+def test_a_shard_without_the_member_is_not_answered_by_another_shard(tmp_path):
+    """Names that begin anew in each shard: one that is cut off, one without the member, one that is not given."""
+    shards = Shards(tmp_path, {"1.wav": "0"}, {"1.wav": "1"}, {"2.wav": ""})
+    assert [shards.read("1.wav", shard) for shard in (0, 1)] == ["0", "1"]
+    os.truncate(shards.paths[1], 100)
+    shards.members = TarMembers(shards.paths)
+    assert shards.read("1.wav", 0) == shards.read("1.wav") == "0"
+    for shard, reason in [(1, r"its shard is .*1\.tar; not read"), (2, "its shard is"), (3, "none .* shard, 3")]:
+        with pytest.raises(RowError, match=rf"^1\.wav: in none of the tar files \({reason}"):
+            shards.read("1.wav", shard)
+
+
+def test_numbers_that_are_not_those_of_shards(tmp_path):
+    paths = [write_tar(tmp_path / f"{name}.tar", {f"{name}.wav": ""}) for name in ("audio_0_of_8", "audio_1_of_8")]
+    assert [TarMembers(paths).find(row(f"audio_{i}_of_8.wav", i))[0] for i in range(2)] == [0, 1]
 
 
 def test_memory_a_member(tmp_path, monkeypatch):
