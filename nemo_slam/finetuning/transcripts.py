@@ -179,13 +179,14 @@ def _scan(
                 texts.append(text)
             for values, tokens in zip(good, model.encode(texts), strict=True):
                 try:
-                    unknown += model.check(tokens)
+                    strange = model.check(tokens)
                 except RowError as error:
                     builder.add_bad(BadRow(str(manifests[values[1]]), values[2], str(error)))
                     continue
                 if reason := limits.broken_by(values[0], tokens):
                     builder.filtered[reason] += 1
                     continue
+                unknown += strange
                 builder.add(*values, writer.append(tokens), len(tokens))
     lines.close()
     builder.arrays["tokens"] = (writer.dtype, writer.size)

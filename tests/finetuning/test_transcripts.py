@@ -69,6 +69,17 @@ def test_a_tokenizer_of_other_text_is_refused(corpus, tmp_path):
         open_stream(corpus, other, tmp_path)
 
 
+def test_unknown_tokens_of_rows_that_are_left_out_do_not_count(corpus, tones_tokenizer, tmp_path):
+    rows = [json.loads(line) for line in corpus.read_text().splitlines()]
+    long = {**rows[0], "text": " ".join([rows[0]["text"], "\u6f22"] * 40)}
+    manifest = corpus.with_name("with_a_long_row.json")
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in [*rows, long]))
+    with pytest.raises(DataError, match=r"40 of \d+ tokens are unknown"):
+        open_stream(manifest, tones_tokenizer, tmp_path)
+    stream = open_stream(manifest, tones_tokenizer, tmp_path, limits=Limits(max_tokens=60))
+    assert (len(stream.index), stream.index.meta["unknown_tokens"]) == (len(rows), 0)
+
+
 def test_ctc_frames_needed():
     assert [ctc_frames_needed(t) for t in ([], [1], [1, 2], [1, 1], [3, 3, 3])] == [0, 1, 2, 3, 5]
 
