@@ -106,14 +106,14 @@ def main() -> int:
         arguments.seed,
     )
     try:
+        others = [] if arguments.against is None else read_transcripts(arguments.against)
+        check_references(others, options, str(arguments.against))
         rows, failed = transcripts(arguments.inputs, arguments.batch_size, arguments.reference)
         if not rows:
             raise ValueError(f"nothing to score in {', '.join(map(str, arguments.inputs))}")
         check_references(rows, options, str(arguments.inputs[-1]))
         result = score(rows, options)
         if arguments.against is not None:
-            others = read_transcripts(arguments.against)
-            check_references(others, options, str(arguments.against))
             result["difference"] = compare(rows, others, options)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

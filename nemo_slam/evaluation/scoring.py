@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_slam.data.manifest import RowError, parse_json, scan_lines
 from nemo_slam.evaluation.text_metrics import (
     LOWER_IS_BETTER,
     NORMALISATIONS,
@@ -45,20 +45,19 @@ def read_transcripts(path: str | Path) -> list[dict[str, Any]]:
     """The lines of ``scripts/transcribe.py``.
 
     Raises:
-        ValueError: a line that is not JSON, or has no ``pred_text``.
+        ValueError: a line that is not JSON in UTF-8, or has no ``pred_text``.
     """
     rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("pred_text"), str):
-                raise ValueError(f"{path}:{number}: no string 'pred_text': expected lines of scripts/transcribe.py")
-            rows.append(row)
+    for number, _, raw in scan_lines(Path(path)):
+        if raw.isspace():
+            continue
+        try:
+            row = parse_json(raw)
+        except RowError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        if not isinstance(row.get("pred_text"), str):
+            raise ValueError(f"{path}:{number}: no string 'pred_text': expected lines of scripts/transcribe.py")
+        rows.append(row)
     return rows
 
 

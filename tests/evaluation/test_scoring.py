@@ -125,9 +125,15 @@ def test_a_missing_reference_is_found_before_anything_is_transcribed(evaluate, m
     monkeypatch.setattr(transcription, "answers", lambda *arguments: pytest.fail("it transcribed"))
     assert run(evaluate, monkeypatch, "m.nemo", write(tmp_path / "m.json", rows)) == 2
     assert "m.json:2: no string 'text' to score against; it has corpus, transcript (" in capsys.readouterr().err
+    manifest = write(tmp_path / "m.json", rows[:1])
+    other = write(tmp_path / "t.jsonl", [{"pred_text": "x", "transcript": "x"}])
+    for against, said in ((other, "t.jsonl, line 1 (no audio_filepath): no"), ("none.jsonl", "none.jsonl")):
+        assert run(evaluate, monkeypatch, "m.nemo", manifest, "--against", against) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_broken_line_is_named(tmp_path):
-    (tmp_path / "t.jsonl").write_text('{"pred_text": "a"}\n\n{"pred_text"\n')
-    with pytest.raises(ValueError, match=r"t\.jsonl:3: not JSON"):
-        read_transcripts(tmp_path / "t.jsonl")
+    for line, problem in ((b'{"pred_text"', "malformed JSON"), (b'{"pred_text": "caf\xe9"}', "not UTF-8")):
+        (tmp_path / "t.jsonl").write_bytes(b'{"pred_text": "a"}\n\n' + line + b"\n")
+        with pytest.raises(ValueError, match=rf"t\.jsonl:3: {problem}"):
+            read_transcripts(tmp_path / "t.jsonl")
