@@ -7,7 +7,7 @@ import io
 import math
 import os
 import time
-from logging import getLogger
+from logging import NullHandler, getLogger
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ def make_run_folder(cfg: DictConfig) -> Path:
 
 
 def stop_keeping_log_lines() -> None:
-    """NeMo keeps every line of its log in memory until ``exp_manager``, which we do without, gives it a file."""
-    logger = getLogger("nemo_logger")
-    for handler in [handler for handler in logger.handlers if isinstance(handler, MemoryHandler)]:
-        logger.removeHandler(handler)
-        handler.buffer.clear()
+    """NeMo keeps every line of its log in memory until ``exp_manager``, which we do without, gives it a file.
+
+    The handlers stay: on ranks above 0 they are the only ones, and a logger without any writes warnings to stderr.
+    """
+    for handler in getLogger("nemo_logger").handlers:
+        if isinstance(handler, MemoryHandler):
+            handler.setTarget(NullHandler())
+            handler.flush()
 
 
 class MetricsFile:

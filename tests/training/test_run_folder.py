@@ -136,16 +136,23 @@ def test_the_progress_line_has_losses_and_rates():
     assert "loss nan" in RunMetrics._line(21, 500, {**figures, "loss": math.nan})
 
 
-def test_log_lines_are_not_kept_for_the_length_of_the_run():
+def test_log_lines_are_not_kept_for_the_length_of_the_run(monkeypatch):
     """A line each few steps, and a run has a million."""
-    from nemo.utils.nemo_logging import Logger
-
-    memory = logging.handlers.MemoryHandler(-1)  # as NeMo's Logger has it, if this is not the process's first run
-    nemo = Logger()._logger
-    nemo.addHandler(memory)
-    nemo.info("before")
+    memory = logging.handlers.MemoryHandler(-1)  # as NeMo's Logger has it
+    nemo = logging.getLogger("nemo_logger")
+    monkeypatch.setattr(nemo, "handlers", [*nemo.handlers, memory])
+    nemo.warning("before")
     assert len(memory.buffer) == 1
     stop_keeping_log_lines()
-    nemo.info("after")
     assert memory.buffer == []
-    assert not [handler for handler in nemo.handlers if isinstance(handler, logging.handlers.MemoryHandler)]
+    nemo.warning("after")
+    assert memory.buffer == []
+
+
+def test_ranks_that_say_nothing_go_on_saying_nothing(monkeypatch, capsys):
+    """NeMo gives ranks above 0 no other handler, and Python writes warnings of a logger that has none to stderr."""
+    nemo = logging.getLogger("nemo_logger")
+    monkeypatch.setattr(nemo, "handlers", [logging.handlers.MemoryHandler(-1)])
+    stop_keeping_log_lines()
+    nemo.warning("of rank 1")
+    assert capsys.readouterr().err == ""
