@@ -88,5 +88,5 @@ class SLAMEncoder(NeuralModule, Exportable):
         return padded.transpose(1, 2), to_device(lengths, length.device)
 
     def _prepare_for_export(self, **options: Any) -> None:
-        """NeMo's ``export()`` calls it, of a model's encoder too, before it changes or traces anything."""
+        """NeMo's ``export()`` calls it, of a model's encoder too, before it traces; by then it has frozen the model."""
         raise NotImplementedError(NOT_TRACED)

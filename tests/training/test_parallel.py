@@ -1,6 +1,7 @@
 """Whole runs of two processes: they train as one does, under each strategy, and refuse to start unlike."""
 
 import csv
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -84,7 +85,10 @@ def test_ranks_with_unequal_shares_validate_as_one(launch, tmp_path, strategy):
     assert found.keys() == reference.keys()
     of_objectives = {name for name in reference if not name.startswith("val_probe/")}
     assert {"val_masked_speech/codes", "val_masked_text/tokens", "val_matching", "val_loss"} < of_objectives
-    for name in of_objectives:
+    names = ("effective_rank", "token_top_share", "text_given_speech", "text_without_speech")
+    pooled = {f"val_probe/{name}" for name in names}
+    assert all(math.isfinite(reference[name]) for name in pooled)
+    for name in of_objectives | pooled:
         assert found[name] == pytest.approx(reference[name], rel=1e-5, abs=1e-5, nan_ok=True), name
 
 
