@@ -46,6 +46,7 @@ class TextConfig:
         tokens_per_step: tokens in a global batch, over all ranks and micro-batches.
         max_tokens: longer lines are cut into near-equal pieces of at most this many tokens.
         min_tokens: shorter lines are filtered and counted.
+        max_unknown: share of tokens that may be unknown to the tokenizer; more is an error.
         window: number of index shards (of at most 8,192 rows) that are shuffled together.
         cache_dir: folder for the index and the token file; default beside the first text file.
     """
@@ -54,6 +55,7 @@ class TextConfig:
     tokens_per_step: int
     max_tokens: int = 256
     min_tokens: int = 1
+    max_unknown: float = 0.05
     window: int = 16
     cache_dir: str | None = None
 
@@ -66,6 +68,7 @@ class PairsConfig:
         manifest_filepath, frames_per_step, tarred_audio_filepaths, min_duration, max_duration, window, cache_dir:
             as in `SpeechConfig`.
         max_tokens: rows with a longer text are filtered and counted; a transcript is never cut.
+        max_unknown: share of tokens that may be unknown to the tokenizer; more is an error.
         negatives: where the other text comes from: 'nearest' (an utterance of nearly the same duration and the same
             language), 'rotated' (the own tokens in a rotated order), 'random', or 'mixed' (nearest or rotated).
         neighbours: how many ranks in the order of duration a nearest negative may be away.
@@ -77,6 +80,7 @@ class PairsConfig:
     min_duration: float = 0.3
     max_duration: float = 20.0
     max_tokens: int = 256
+    max_unknown: float = 0.05
     negatives: str = "nearest"
     neighbours: int = 8
     window: int = 16
@@ -115,6 +119,8 @@ def _check_limits(config: Any, where: str) -> None:
         raise ConfigError(
             f"{where}: min_duration ({config.min_duration}) must lie between 0 and max_duration ({config.max_duration})"
         )
+    if not 0 <= getattr(config, "max_unknown", 0) <= 1:
+        raise ConfigError(f"{where}.max_unknown must be a share from 0 to 1, got {shown(config.max_unknown)}")
     if hasattr(config, "negatives") and config.negatives not in NEGATIVES:
         raise ConfigError(f"{where}.negatives must be one of {', '.join(NEGATIVES)}, got {shown(config.negatives)}")
     if hasattr(config, "min_tokens") and config.min_tokens > config.max_tokens:

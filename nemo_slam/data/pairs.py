@@ -74,7 +74,8 @@ class PairStream(Stream):
                 "belong to the utterance. Give manifests with at least two different texts"
             )
         unknown, total = index.meta["unknown_tokens"], int(index.tokens_length.sum())
-        refuse_other_text(unknown, total, f"text of the pairs in {self.sources[0]}", model, OF_PRETRAINING)
+        where = f"text of the pairs in {self.sources[0]}"
+        refuse_other_text(unknown, total, config.max_unknown, where, model, OF_PRETRAINING)
         self._audio = AudioRows(self, self.sources, tars)
         self._tokens = TokenReader(index.folder, model.dtype)
         self._negatives = Negatives(index, seed, config.negatives, config.neighbours)

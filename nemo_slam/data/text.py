@@ -81,7 +81,7 @@ def open_text_index(
     """Opens the index of a text stream; ``scan`` fills it where there is none, by default `scan_text`.
 
     Raises:
-        DataError: more than 5% of the tokens are unknown to the tokenizer.
+        DataError: more of the tokens are unknown to the tokenizer than ``max_unknown`` allows.
     """
     index = open_index(
         "text",
@@ -92,7 +92,7 @@ def open_text_index(
         config.cache_dir,
     )
     unknown, total = index.meta["unknown_tokens"], index.meta["total_length"]
-    refuse_other_text(unknown, total, f"text in {sources[0]}", model, OF_PRETRAINING)
+    refuse_other_text(unknown, total, config.max_unknown, f"text in {sources[0]}", model, OF_PRETRAINING)
     return index
 
 

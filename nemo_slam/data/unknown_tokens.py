@@ -5,9 +5,6 @@ from __future__ import annotations
 from nemo_slam.data.bad_rows import DataError
 from nemo_slam.data.token_file import Tokenizer
 
-MOST_UNKNOWN = 0.05
-"""Share of unknown tokens above which a tokenizer does not fit its text."""
-
 OF_PRETRAINING = (
     "it was trained on other text. Train one on this text (scripts/train_tokenizer.py) or name another "
     "(data.tokenizer.model_path)"
@@ -16,17 +13,21 @@ OF_SOURCES = "it is the one that the encoder was trained with. Fine-tune an enco
 OF_TARGETS = "it was trained on other text. Train one on this manifest (model.tokenizer.dir=null does) or name another"
 
 
-def refuse_other_text(unknown: int, total: int, where: str, tokenizer: Tokenizer, way_out: str) -> None:
+def refuse_other_text(
+    unknown: int, total: int, most: float, where: str, tokenizer: Tokenizer, way_out: str
+) -> None:
     """
     Args:
         unknown, total: numbers of tokens in the texts that are kept.
+        most: share that may be unknown, ``max_unknown`` of the stream's config.
         where: section and key of these texts.
         way_out: whose tokenizer it is, and what to do instead.
 
     Raises:
-        DataError: more than 5% of the tokens are unknown.
+        DataError: more of the tokens are unknown.
     """
-    if unknown > MOST_UNKNOWN * total:
+    if unknown > most * total:
         raise DataError(
-            f"{where}: {unknown} of {total} tokens are unknown to the tokenizer {tokenizer.path}: {way_out}"
+            f"{where}: {unknown} of {total} tokens are unknown to the tokenizer {tokenizer.path}: {way_out}; or allow "
+            f"more than {100 * most:g}% (max_unknown)"
         )

@@ -15,6 +15,7 @@ class TranscriptConfig:
         text_key: the manifest's key that holds the target: ``text``, or ``translation`` for speech translation.
         tarred_audio_filepaths: NeMo tar files that hold the audio, or None for plain files.
         min_duration, max_duration: utterances outside (seconds) are filtered and counted.
+        max_unknown: share of tokens that may be unknown to the tokenizer; more is an error.
         window: number of index shards (of at most 8,192 rows) that are shuffled together.
         cache_dir: folder for the index; default beside the first manifest.
     """
@@ -25,6 +26,7 @@ class TranscriptConfig:
     tarred_audio_filepaths: list[str] | None = None
     min_duration: float = 0.3
     max_duration: float = 20.0
+    max_unknown: float = 0.05
     window: int = 16
     cache_dir: str | None = None
 
@@ -40,6 +42,7 @@ class SentencesConfig:
         second_key: the key of a second text (a hypothesis beside a premise), or None.
         target_key: the key that holds the target: a translation, or a label.
         max_tokens: rows with more source tokens are filtered and counted; a text is never cut.
+        max_unknown: share of tokens that may be unknown to the tokenizer of source or target; more is an error.
         window: number of index shards (of at most 8,192 rows) that are shuffled together.
         cache_dir: folder for the index; default beside the first file.
     """
@@ -50,6 +53,7 @@ class SentencesConfig:
     second_key: str | None = None
     target_key: str = "translation"
     max_tokens: int = 256
+    max_unknown: float = 0.05
     window: int = 16
     cache_dir: str | None = None
 

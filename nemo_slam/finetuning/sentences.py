@@ -60,7 +60,7 @@ class SentenceStream(Stream):
         name: for messages.
 
     Raises:
-        DataError: more than 5% of the source's tokens, or of the targets', are unknown to their tokenizer.
+        DataError: more of the source's tokens, or of the targets', are unknown to their tokenizer than ``max_unknown``.
     """
 
     unit = "tokens"
@@ -93,10 +93,12 @@ class SentenceStream(Stream):
         sampling = {"frames_per_step": config.tokens_per_step, "window": config.window}
         super().__init__(name, index, {**sampling, "seed": seed, "purpose": PURPOSE_SENTENCES}, bad_rows or BadRows())
         unknown, total = index.meta["unknown_tokens"], index.meta["total_length"]
-        refuse_other_text(unknown, total, f"data.{name}_ds, {', '.join(config.text_keys)}", model, OF_SOURCES)
+        where = f"data.{name}_ds, {', '.join(config.text_keys)}"
+        refuse_other_text(unknown, total, config.max_unknown, where, model, OF_SOURCES)
         if target_tokenizer is not None:
             unknown, total = index.meta["unknown_target_tokens"], int(index.target.sum())
-            refuse_other_text(unknown, total, f"data.{name}_ds, {config.target_key}", target_tokenizer, OF_TARGETS)
+            where = f"data.{name}_ds, {config.target_key}"
+            refuse_other_text(unknown, total, config.max_unknown, where, target_tokenizer, OF_TARGETS)
         self._tokens = TokenReader(index.folder, "<u4")
 
     def load(self, ids: np.ndarray, epochs: np.ndarray, step: int | None = None) -> Sentences:

@@ -88,7 +88,7 @@ class TranscriptStream(Stream):
         name: for messages.
 
     Raises:
-        DataError: more than 5% of the text's tokens are unknown to the tokenizer.
+        DataError: more of the text's tokens are unknown to the tokenizer than ``max_unknown`` allows.
     """
 
     def __init__(
@@ -128,7 +128,8 @@ class TranscriptStream(Stream):
         }
         super().__init__(name, index, sampling, bad_rows or BadRows())
         unknown, total = index.meta["unknown_tokens"], int(index.tokens_length.sum())
-        refuse_other_text(unknown, total, f"data.{name}_ds, {config.text_key}", model, OF_TARGETS)
+        where = f"data.{name}_ds, {config.text_key}"
+        refuse_other_text(unknown, total, config.max_unknown, where, model, OF_TARGETS)
         self._audio = AudioRows(self, self.sources, tars)
         self._tokens = TokenReader(index.folder, model.dtype)
 

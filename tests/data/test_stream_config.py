@@ -57,6 +57,7 @@ def test_a_stream_set_to_null_is_left_out():
         ({"speech": {**SPEECH, "manifest_filepath": 3}}, "must be a text or a list of them, got 3"),
         ({"speech": {**SPEECH, "cache_dir": 3}}, "train_ds.speech.cache_dir must be a text or null, got 3"),
         ({"pairs": {**SPEECH, "negatives": "hard"}}, "must be one of nearest, rotated, random, mixed, got 'hard'"),
+        ({"text": {**TEXT, "max_unknown": 5}}, "train_ds.text.max_unknown must be a share from 0 to 1, got 5"),
         ({"text": {**TEXT, "min_tokens": 300}}, "min_tokens (300) is above max_tokens (256)"),
         ({"speech": "a.json"}, "train_ds.speech must be a mapping"),
         ({}, "train_ds names no stream"),

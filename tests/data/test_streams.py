@@ -282,20 +282,6 @@ def test_json_lines_text_and_its_bad_rows(tmp_path, tokenizer, suffix):
     assert stream.index.meta["filtered"] == {"blank lines": 1}
 
 
-def test_a_tokenizer_of_other_text_is_refused(tmp_path, shared_corpus, tokenizer):
-    """Each row knows most of its tokens, so that none is bad; together too few are known."""
-    texts = [f"{sentence(i, 3)} 漢" for i in range(20)]
-    (tmp_path / "a.txt").write_text("\n".join(texts))
-    good = rows_of(shared_corpus / "manifest.json")
-    pairs = write_manifest(tmp_path / "m.json", [{**good[i], "text": text} for i, text in enumerate(texts)])
-    message = r"20 of \d+ tokens are unknown to the tokenizer .*tokenizer\.model: .*scripts/train_tokenizer\.py"
-    for _ in range(2):  # the second time from the index
-        with pytest.raises(DataError, match=rf"a\.txt: {message}"):
-            TextStream(TextConfig([str(tmp_path / "a.txt")], 100), tokenizer, seed=0)
-        with pytest.raises(DataError, match=rf"m\.json: {message}"):
-            PairStream(PairsConfig([str(pairs)], 300), tokenizer, seed=0)
-
-
 def test_plain_text_bad_lines(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes(b"baden\n\n  \nke\xff\n\xef\xbb\xbf\nmofal\n")
     rows = BadRows(tmp_path / "bad_rows.jsonl")
