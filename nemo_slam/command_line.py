@@ -17,7 +17,7 @@ import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_slam.config import ConfigError, check_keys, unknown_key
+from nemo_slam.config import ConfigError, check_keys, shown, unknown_key
 from nemo_slam.data.config import STREAMS
 from nemo_slam.finetuning.config import SentencesConfig, TranscriptConfig
 
@@ -46,6 +46,9 @@ FINETUNING_KEYS: dict[str, tuple[str, ...]] = {
     "source_tokenizer": ("vocab_size",),
 }
 """As `RUN_KEYS`, for fine-tuning."""
+
+MOST_SEED = 1 << 31
+"""Lightning takes 0 for a seed that does not fit 32 bits, and a rank's own is the seed plus its number."""
 
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 
@@ -77,6 +80,9 @@ def check_finetuning_keys(cfg: DictConfig) -> None:
 
 
 def _check_groups(cfg: DictConfig, groups: Mapping[str, Iterable[str]]) -> None:
+    seed = cfg.get("seed")
+    if type(seed) is not int or not 0 <= seed < MOST_SEED:
+        raise ConfigError(f"seed must be a whole number from 0 to 2^31 - 1, got {shown(seed)}")
     used = set(re.findall(r"\$\{([\w.]+)", OmegaConf.to_yaml(cfg)))
     for where, valid in groups.items():
         node = OmegaConf.select(cfg, where) if where else cfg

@@ -139,6 +139,17 @@ def test_refused_in_any_group(override):
         check_run_keys(composed("slam_stage2", override))
 
 
+@pytest.mark.parametrize(
+    ("config", "folder", "check"),
+    [("slam_stage1", CONF, check_run_keys), ("asr_ctc", CONF / "finetuning", check_finetuning_keys)],
+)
+@pytest.mark.parametrize("seed", ["-1", "abc", "1.5", "null", "2147483648"])
+def test_a_seed_is_a_number_that_every_generator_takes(config, folder, check, seed):
+    with pytest.raises(ConfigError, match=r"seed must be a whole number from 0 to 2\^31 - 1, got"):
+        check(composed(config, f"seed={seed}", folder=folder))
+    check(composed(config, "seed=2147483647", folder=folder))
+
+
 def test_a_key_that_others_are_built_from_is_read():
     corpus = "+data.corpus=/data/x"
     with pytest.raises(ConfigError, match="unknown key 'corpus'"):

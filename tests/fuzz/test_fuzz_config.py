@@ -28,16 +28,23 @@ AUDIO = {"manifest_filepath": ["a.json", "b.json"], "frames_per_step": 2000}
 STREAMS: dict[str, dict[str, Any]] = {
     "speech": {**AUDIO, "tarred_audio_filepaths": "a_{0..3}.tar", "min_duration": 0.5, "max_duration": 16, "window": 4},
     "text": {"text_filepath": "t.txt", "tokens_per_step": 4096, "max_tokens": 128, "min_tokens": 2, "cache_dir": None},
-    "pairs": {**AUDIO, "max_tokens": 64, "negatives": "mixed", "neighbours": 3, "cache_dir": "/tmp/x"},
+    "pairs": {
+        **AUDIO,
+        "max_tokens": 64,
+        "max_unknown": 0.2,
+        "negatives": "mixed",
+        "neighbours": 3,
+        "cache_dir": "/tmp/x",
+    },
 }
 WHOLE = {"frames_per_step", "tokens_per_step", "max_tokens", "min_tokens", "window", "neighbours"}
 DEFAULTS = {"min_duration": 0.3, "max_duration": 20.0, "max_tokens": 256, "min_tokens": 1, "negatives": "nearest"}
-DEFAULTS |= {"neighbours": 8, "window": 16, "cache_dir": None, "tarred_audio_filepaths": None}
+DEFAULTS |= {"max_unknown": 0.05, "neighbours": 8, "window": 16, "cache_dir": None, "tarred_audio_filepaths": None}
 KEYS = {
     "speech": {*AUDIO, "tarred_audio_filepaths", "min_duration", "max_duration", "window", "cache_dir"},
-    "text": {"text_filepath", "tokens_per_step", "max_tokens", "min_tokens", "window", "cache_dir"},
+    "text": {"text_filepath", "tokens_per_step", "max_tokens", "min_tokens", "max_unknown", "window", "cache_dir"},
 }
-KEYS["pairs"] = KEYS["speech"] | {"max_tokens", "negatives", "neighbours"}
+KEYS["pairs"] = KEYS["speech"] | {"max_tokens", "max_unknown", "negatives", "neighbours"}
 NEEDED = {"speech": {*AUDIO}, "text": {"text_filepath", "tokens_per_step"}, "pairs": {*AUDIO}}
 BAD = object()
 
@@ -52,6 +59,8 @@ def plain_value(key: str, value: Any) -> Any:
         return int(value) if number and 1 <= value < 2**31 and value == int(value) else BAD
     if key in ("min_duration", "max_duration"):
         return float(value) if number and (type(value) is float or abs(value) < 2**1023) else BAD
+    if key == "max_unknown":
+        return float(value) if number and 0 <= value <= 1 else BAD
     if key == "cache_dir":
         return value if value is None or isinstance(value, str) else BAD
     if key == "negatives":
